@@ -1,0 +1,171 @@
+"""Attention in plain MLX ops, a tile at a time with an online softmax. [B, H, L, D] in, the same out.
+
+This is the reference of the flash-attention kernels and what runs where no fused kernel serves: on CPU and CUDA
+builds of MLX, and on Metal for 512-wide heads. It owns tiling, masking and the softmax; how keys and values are stored
+is the reader's business (`Reader`), so plain, one-vector and compressed caches share it.
+
+Online softmax: Milakov and Gimelshein 2018, as in FlashAttention (Dao et al. 2022, algorithm 1).
+
+Memory. Scratch is a handful of float32 tiles of at most TILE_ELEMENTS scores, whatever the context length:
+`scratch_bound` gives the bytes, and a test counts them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+# Scores per tile, over batch and heads: 2^23 float32 values are 32 MB.
+TILE_ELEMENTS = 1 << 23
+# Keys per tile. Large enough that the matmul dominates, small enough that many query rows share a tile.
+KEY_TILE = 1024
+MAX_QUERY_TILE = 1024
+
+# A masked score. Finite, so that a row with nothing to see (padding) gives numbers, never NaN.
+MASKED = -1e30
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How attention reads what a layer remembers.
+
+    The score of query row i with key j is sum over parts p of queries[p][i] . keys[p][j]: one part for ordinary keys,
+    two for the one-vector cache, whose rotated dimensions are rebuilt and whose others are read as they lie.
+    """
+
+    # q [B, H, L, D] -> one query array per part, each [B, H, L, D_p]
+    split: Callable[[mx.array], Sequence[mx.array]]
+    # (start, stop) within what is stored -> (one key array [B, H_kv, n, D_p] per part, values [B, H_kv, n, D])
+    read: Callable[[int, int], tuple[Sequence[mx.array], mx.array]]
+    # positions stored
+    length: int
+    kv_heads: int
+
+
+def plain_reader(keys: mx.array, values: mx.array) -> Reader:
+    """Keys and values as they are, each [B, H_kv, T, D]."""
+    return Reader(
+        split=lambda q: (q,),
+        read=lambda start, stop: ((keys[:, :, start:stop],), values[:, :, start:stop]),
+        length=keys.shape[2],
+        kv_heads=keys.shape[1],
+    )
+
+
+def query_tile(rows: int, batch: int, heads: int, keys: int) -> int:
+    """Query rows per tile so that batch * heads * rows * keys scores stay within TILE_ELEMENTS."""
+    fit = TILE_ELEMENTS // max(1, batch * heads * min(keys, KEY_TILE))
+    return max(1, min(rows, fit, MAX_QUERY_TILE))
+
+
+def scratch_bound(batch: int, heads: int, head_dim: int, rows: int) -> int:
+    """Upper bound in bytes of what `flash_attention` allocates besides its inputs and output, for `rows` queries.
+
+    Four float32 score tiles, three float32 accumulators, and the tile of keys and values brought to one part each.
+    Independent of the context length.
+    """
+    tile = max(TILE_ELEMENTS, batch * heads * KEY_TILE)
+    lq = min(rows, MAX_QUERY_TILE)
+    return (
+        4 * (4 * tile)
+        + 4 * (3 * batch * heads * lq * head_dim)
+        + 4 * (4 * batch * heads * KEY_TILE * head_dim)
+    )
+
+
+def flash_attention(
+    q: mx.array,
+    reader: Reader,
+    *,
+    scale: float = 1.0,
+    q_start: int,
+    k_start: int = 0,
+    window: int | None = None,
+    first_visible: mx.array | None = None,
+) -> mx.array:
+    """Causal attention of q [B, H, L, D] at positions q_start + i over stored positions k_start + j.
+
+    Query p sees key t when t <= p, t > p - window (if a window is given) and t >= first_visible[b] (int [B], the left
+    padding of each row, if given). Scores and softmax statistics are float32; products are taken in the stored dtype.
+    """
+    B, H, L, _ = q.shape
+    # Keys at or after this index are in the future of every query.
+    stop = min(reader.length, q_start + L - k_start)
+    rows = query_tile(L, B, H, stop)
+    out = []
+    for i in range(0, L, rows):
+        tile = q[:, :, i : i + rows]
+        p0, p1 = q_start + i, q_start + min(i + rows, L)  # positions of this tile
+        lo = 0 if window is None else max(0, p0 - window + 1 - k_start)
+        hi = min(stop, p1 - k_start)
+        out.append(_query_tile_attention(tile, reader, scale, p0, k_start, lo, hi, window, first_visible))
+    return out[0] if len(out) == 1 else mx.concatenate(out, axis=2)
+
+
+def _query_tile_attention(
+    q: mx.array,
+    reader: Reader,
+    scale: float,
+    q_start: int,
+    k_start: int,
+    lo: int,
+    hi: int,
+    window: int | None,
+    first_visible: mx.array | None,
+) -> mx.array:
+    B, H, L, D = q.shape
+    G = H // reader.kv_heads
+    # Query heads of one KV head become rows of one matmul: [B, H_kv, G*L, D_p].
+    parts = [
+        (p * scale if scale != 1.0 else p).reshape(B, reader.kv_heads, G * L, -1) for p in reader.split(q)
+    ]
+
+    peak = total = acc = None
+    for start in range(lo, hi, KEY_TILE):
+        end = min(start + KEY_TILE, hi)
+        keys, values = reader.read(start, end)
+        scores = parts[0] @ keys[0].swapaxes(-1, -2)
+        for p, k in zip(parts[1:], keys[1:], strict=True):
+            scores = scores + p @ k.swapaxes(-1, -2)
+        scores = scores.astype(mx.float32)
+        visible = _visible(q_start, L, k_start + start, end - start, window, first_visible)
+        if visible is not None:
+            scores = scores.reshape(B, reader.kv_heads, G, L, end - start)
+            scores = mx.where(visible, scores, MASKED).reshape(B, reader.kv_heads, G * L, end - start)
+        if hi - lo <= KEY_TILE:
+            weights = mx.softmax(scores, axis=-1).astype(values.dtype)
+            return (weights @ values).reshape(B, H, L, -1)
+        tile_peak = scores.max(axis=-1, keepdims=True)
+        new_peak = tile_peak if peak is None else mx.maximum(peak, tile_peak)
+        weights = mx.exp(scores - new_peak)
+        tile_total = weights.sum(axis=-1, keepdims=True)
+        tile_acc = (weights.astype(values.dtype) @ values).astype(mx.float32)
+        if peak is None:
+            total, acc = tile_total, tile_acc
+        else:
+            shrink = mx.exp(peak - new_peak)
+            total = total * shrink + tile_total
+            acc = acc * shrink + tile_acc
+        peak = new_peak
+    assert acc is not None
+    return (acc / total).astype(q.dtype).reshape(B, H, L, -1)
+
+
+def _visible(
+    q_start: int, L: int, k_start: int, n: int, window: int | None, first_visible: mx.array | None
+) -> mx.array | None:
+    """Boolean mask, broadcastable to [B, H_kv, G, L, n], or None when every query sees every key of the tile."""
+    causal = k_start + n - 1 > q_start
+    windowed = window is not None and k_start <= q_start + L - 1 - window
+    mask = None
+    if causal or windowed:
+        q_pos = mx.arange(q_start, q_start + L)[:, None]
+        k_pos = mx.arange(k_start, k_start + n)[None]
+        mask = k_pos <= q_pos
+        if windowed:
+            mask = mask & (k_pos > q_pos - window)
+    if first_visible is not None:
+        real = mx.arange(k_start, k_start + n) >= first_visible[:, None]  # [B, n]
+        real = real[:, None, None, None, :]
+        mask = real if mask is None else mask & real
+    return mask

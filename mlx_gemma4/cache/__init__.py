@@ -1,0 +1,74 @@
+"""Layer caches: one small class per way to remember. `base.py` says what they share.
+
+| class          | layers                          | remembers                                   |
+|----------------|---------------------------------|---------------------------------------------|
+| SlidingCache   | sliding                         | the last `window` keys and values, a ring   |
+| GlobalCache    | global, E2B/E4B                 | all keys and values                         |
+| OneVectorCache | global, 26B-A4B/31B (K=V)       | one vector per position: half the bytes     |
+| (none)         | the last layers of E2B/E4B      | nothing: they read their producer's         |
+
+The functions below act on a model's whole list of caches.
+"""
+
+from collections.abc import Sequence
+
+from .base import LayerCache, Snapshot, View, describe
+from .full import GlobalCache
+from .one_vector import KeyForm, OneVectorCache
+from .sliding import ChunkView, SlidingCache
+
+__all__ = [
+    "ChunkView",
+    "GlobalCache",
+    "KeyForm",
+    "LayerCache",
+    "OneVectorCache",
+    "SlidingCache",
+    "Snapshot",
+    "View",
+    "can_trim",
+    "describe",
+    "nbytes",
+    "restore",
+    "snapshot",
+    "status",
+    "trim",
+]
+
+
+def nbytes(caches: Sequence[LayerCache]) -> int:
+    return sum(c.nbytes for c in caches)
+
+
+def can_trim(caches: Sequence[LayerCache], n: int) -> bool:
+    return all(c.is_trimmable(n) for c in caches)
+
+
+def trim(caches: Sequence[LayerCache], n: int) -> int:
+    """Takes back the last n positions of every layer, or of none. Returns n or 0."""
+    if n <= 0 or not can_trim(caches, n):
+        return 0
+    for c in caches:
+        c.trim(n)
+    return n
+
+
+def snapshot(caches: Sequence[LayerCache]) -> list[Snapshot]:
+    return [c.snapshot() for c in caches]
+
+
+def restore(caches: Sequence[LayerCache], snapshots: Sequence[Snapshot]) -> None:
+    """All layers back to their snapshots. Raises Gemma4Error, before anything moves, if one is gone."""
+    for c, s in zip(caches, snapshots, strict=True):
+        if not isinstance(c, SlidingCache):
+            c._check_alive(s)
+    for c, s in zip(caches, snapshots, strict=True):
+        c.restore(s)
+
+
+def status(caches: Sequence[LayerCache]) -> list[str]:
+    """One line per kind: how many layers, what was applied, bytes."""
+    lines: dict[str, list[LayerCache]] = {}
+    for c in caches:
+        lines.setdefault(c.status(), []).append(c)
+    return [f"{len(group)} x {text}: {nbytes(group):,} bytes" for text, group in lines.items()]

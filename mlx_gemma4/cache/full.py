@@ -1,0 +1,63 @@
+"""The plain cache of global layers with separate keys and values (E2B, E4B): everything since the start.
+
+Worked example, growing by 256 positions: 5 tokens prefilled allocate 256 slots and use 5; token 257 allocates the next
+step. Past 4,096 positions a decode step that overflows adds a sixteenth of the capacity, so copies stay rare; a
+prefilled chunk allocates exactly what it needs, rounded up to 256.
+
+Bytes: capacity * 2 * H_kv * D * itemsize per row.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import mlx.core as mx
+
+from .base import LayerCache, Snapshot, View, room_for, write_at
+from .sliding import ChunkView
+
+STEP = 256
+
+
+def grown_capacity(old: int, needed: int, new: int) -> int:
+    """Slots to allocate when `old` do not hold `needed`, of which `new` are being appended."""
+    step = STEP if new > 1 else max(STEP, old // 16 // STEP * STEP)
+    return -(-needed // step) * step if step == STEP else max(needed, old + step)
+
+
+class GlobalCache(LayerCache):
+    kind: ClassVar[str] = "global keys and values"
+    _ARRAYS: ClassVar[tuple[str, ...]] = ("keys", "values")
+
+    def __init__(self, left_padding: Sequence[int] | None = None):
+        super().__init__(left_padding)
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+
+    def size(self) -> int:
+        return self.offset
+
+    def append(self, keys: mx.array, values: mx.array) -> View:
+        """Remembers keys after RoPE and values, [B, H_kv, L, D]."""
+        start, L = self.offset, keys.shape[2]
+        self.offset += L
+        have = 0 if self.keys is None else self.keys.shape[2]
+        if self.offset > have:
+            capacity = grown_capacity(have, self.offset, L)
+            self.keys = room_for(self.keys, keys.shape, keys.dtype, capacity)
+            self.values = room_for(self.values, values.shape, values.dtype, capacity)
+        assert self.keys is not None and self.values is not None
+        self.keys = write_at(self.keys, keys, start)
+        self.values = write_at(self.values, values, start)
+        n = self.offset
+        return ChunkView(self.keys[:, :, :n], self.values[:, :, :n], start, 0, None, self.first_visible)
+
+    def is_trimmable(self, n: int = 1) -> bool:
+        return n <= self.offset
+
+    def snapshot(self) -> Snapshot:
+        # Append-only: the length is all there is to remember, as long as nothing before it is overwritten.
+        return Snapshot(self.offset, len(self._truncations))
+
+    def restore(self, snapshot: Snapshot) -> None:
+        self._check_alive(snapshot)
+        self.trim(self.offset - snapshot.offset)

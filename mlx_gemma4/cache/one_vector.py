@@ -1,0 +1,121 @@
+"""The cache of K=V global layers (26B-A4B, 31B): one vector per position and head, half the bytes, nothing lost.
+
+In these layers, with u = k_proj(x) / rms(k_proj(x)):
+
+    value = u                      key = RoPE(k_norm.weight * u)
+
+so u is all there is to remember. Only the rotated pairs of a key (64 of 256 for a 512-wide head) depend on the
+position; for the rest the weight is folded into the query:
+
+    q . key = (q * w)[still] . u[still]  +  q[rotated] . RoPE(w * u)[rotated]
+
+The first product reads u as it lies, the second rebuilds a quarter of each key, a tile at a time. Never read a stored
+*key* as value: it carries weight and rotation.
+
+Bytes: capacity * H_kv * D * itemsize per row, half of keys and values; the cos/sin table it needs is shared by all
+layers (`Rope.table`, 512 bytes per position once per model).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import mlx.core as mx
+
+from ..kernels.flash_attention import attend_reader
+from ..kernels.reference.flash_attention import Reader
+from ..models.rope import Rope, rotate_pairs
+from .base import LayerCache, Snapshot, View, room_for, write_at
+from .full import grown_capacity
+
+
+@dataclass(frozen=True)
+class KeyForm:
+    """How a layer's keys follow from its stored vectors. `weight` is k_norm's, [D]."""
+
+    weight: mx.array
+    rope: Rope
+
+    def keys(self, u: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+        """Whole keys [B, H_kv, T, D] of vectors u [B, H_kv, T, D] and their tables; what a plain cache would store."""
+        # Weight and rotation in float32, one rounding, as `rebuild` does.
+        return self.rope.rotate(u.astype(mx.float32) * self.weight.astype(mx.float32), cos, sin).astype(
+            u.dtype
+        )
+
+    def rotated(self, u: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+        """The rotated dimensions of the keys only, [B, H_kv, T, 2P]: first halves of the pairs, then second halves."""
+        half, pairs = self.rope.width // 2, self.rope.pairs
+        w = self.weight.astype(mx.float32)
+        a = u[..., :pairs].astype(mx.float32) * w[:pairs]
+        b = u[..., half : half + pairs].astype(mx.float32) * w[half : half + pairs]
+        return mx.concatenate(rotate_pairs(a, b, cos, sin), axis=-1).astype(u.dtype)
+
+    def split_query(self, q: mx.array) -> tuple[mx.array, mx.array]:
+        """q [B, H, L, D] -> (q * w with the rotated dimensions zero [.., D], the rotated dimensions [.., 2P])."""
+        half, pairs = self.rope.width // 2, self.rope.pairs
+        index = mx.arange(self.rope.width) % half
+        still = mx.where(index >= pairs, self.weight.astype(mx.float32), 0.0)
+        rotated = mx.concatenate([q[..., :pairs], q[..., half : half + pairs]], axis=-1)
+        return (q * still).astype(q.dtype), rotated
+
+
+@dataclass(frozen=True)
+class OneVectorView:
+    vectors: mx.array  # [B, H_kv, T, D], position 0 first
+    form: KeyForm
+    q_start: int
+    left_padding: tuple[int, ...] | None
+
+    def attend(self, q: mx.array, scale: float = 1.0) -> mx.array:
+        T = self.vectors.shape[2]
+        first_visible = None
+        if self.left_padding is None:
+            cos, sin = self.form.rope.table(T)
+        else:
+            first_visible = mx.array(self.left_padding)
+            positions = mx.maximum(mx.arange(T) - first_visible[:, None], 0)  # [B, T]
+            cos, sin = (t[:, None] for t in self.form.rope.angles(positions))
+
+        def read(start: int, stop: int) -> tuple[tuple[mx.array, mx.array], mx.array]:
+            u = self.vectors[:, :, start:stop]
+            rotated = self.form.rotated(u, cos[..., start:stop, :], sin[..., start:stop, :])
+            return (u, rotated), u
+
+        reader = Reader(split=self.form.split_query, read=read, length=T, kv_heads=self.vectors.shape[1])
+        return attend_reader(q, reader, scale=scale, q_start=self.q_start, first_visible=first_visible)
+
+
+class OneVectorCache(LayerCache):
+    kind: ClassVar[str] = "global, one vector for key and value"
+    _ARRAYS: ClassVar[tuple[str, ...]] = ("vectors",)
+
+    def __init__(self, left_padding: Sequence[int] | None = None):
+        super().__init__(left_padding)
+        self.vectors: mx.array | None = None
+
+    def size(self) -> int:
+        return self.offset
+
+    def append(self, vectors: mx.array, form: KeyForm) -> View:
+        """Remembers u [B, H_kv, L, D]."""
+        start, L = self.offset, vectors.shape[2]
+        self.offset += L
+        have = 0 if self.vectors is None else self.vectors.shape[2]
+        if self.offset > have:
+            self.vectors = room_for(
+                self.vectors, vectors.shape, vectors.dtype, grown_capacity(have, self.offset, L)
+            )
+        assert self.vectors is not None
+        self.vectors = write_at(self.vectors, vectors, start)
+        return OneVectorView(self.vectors[:, :, : self.offset], form, start, self.left_padding)
+
+    def is_trimmable(self, n: int = 1) -> bool:
+        return n <= self.offset
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot(self.offset, len(self._truncations))
+
+    def restore(self, snapshot: Snapshot) -> None:
+        self._check_alive(snapshot)
+        self.trim(self.offset - snapshot.offset)

@@ -12,7 +12,7 @@ import re
 
 import mlx.core as mx
 
-from ..config import Gemma4Config
+from mlx_gemma4.config import Gemma4Config
 
 TOWERS = ("vision_tower.", "embed_vision.", "audio_tower.", "embed_audio.")
 # Keys and values a sharing layer never reads, yet the published files still carry.

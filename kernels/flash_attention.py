@@ -1,7 +1,7 @@
 """Chooses how one attention call is computed: MLX's fused kernel where it exists, the tiled reference elsewhere.
 
-Owns the choice and says which was taken (`last_path`); the arithmetic is in `reference/flash_attention.py`. Metal
-kernels of our own for 512-wide heads and windowed prefill join here.
+Owns the choice; the arithmetic is in `reference/flash_attention.py`. Metal kernels of our own for 512-wide heads and
+windowed prefill join here.
 """
 
 import mlx.core as mx
@@ -43,9 +43,7 @@ def attend(
     )
 
 
-def attend_ring(
-    q: mx.array, keys: mx.array, values: mx.array, *, scale: float, visible: mx.array | None
-) -> mx.array:
+def attend_ring(q: mx.array, keys: mx.array, values: mx.array, *, scale: float, visible: mx.array | None) -> mx.array:
     """One query [B, H, 1, D] over a ring in storage order; `visible` is boolean [B, T] or None for all."""
     if uses_fused_decode(q):
         mask = None if visible is None else visible[:, None, None, :]

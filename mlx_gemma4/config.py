@@ -125,9 +125,7 @@ class Gemma4Config:
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise ConfigError(
-                f"{path.parent} has no config.json; point --model at a checkpoint folder"
-            ) from None
+            raise ConfigError(f"{path.parent} has no config.json; point --model at a checkpoint folder") from None
         except (UnicodeDecodeError, json.JSONDecodeError) as e:
             raise ConfigError(f"{path} is not valid JSON ({e}); download it again") from None
         if not isinstance(raw, dict):
@@ -174,23 +172,15 @@ def _text_config(raw: dict[str, Any], outer_tie: bool | None) -> TextConfig:
     kinds = tuple(need("layer_types"))
     for i, kind in enumerate(kinds):
         if kind not in (SLIDING, GLOBAL):
-            raise ConfigError(
-                f"layer {i} has attention kind {kind!r}; this graph knows {SLIDING} and {GLOBAL}"
-            )
+            raise ConfigError(f"layer {i} has attention kind {kind!r}; this graph knows {SLIDING} and {GLOBAL}")
     if len(kinds) != need("num_hidden_layers"):
-        raise ConfigError(
-            f"layer_types names {len(kinds)} layers, num_hidden_layers says {raw['num_hidden_layers']}"
-        )
+        raise ConfigError(f"layer_types names {len(kinds)} layers, num_hidden_layers says {raw['num_hidden_layers']}")
     if raw.get("attention_bias"):
-        raise ConfigError(
-            "attention_bias is set; no published Gemma 4 has it and this graph does not compute it"
-        )
+        raise ConfigError("attention_bias is set; no published Gemma 4 has it and this graph does not compute it")
     if raw.get("hidden_activation", "gelu_pytorch_tanh") != "gelu_pytorch_tanh":
-        raise ConfigError(
-            f"hidden_activation {raw['hidden_activation']!r} is not Gemma 4's gelu_pytorch_tanh"
-        )
+        raise ConfigError(f"hidden_activation {raw['hidden_activation']!r} is not Gemma 4's gelu_pytorch_tanh")
 
-    per_layer = _global_overrides(raw, kinds)
+    per_global = _global_overrides(raw, kinds)
     moe = bool(raw.get("enable_moe_block"))
     rope = raw.get("rope_parameters") or {}
     tie = raw.get("tie_word_embeddings", outer_tie)
@@ -202,11 +192,9 @@ def _text_config(raw: dict[str, Any], outer_tie: bool | None) -> TextConfig:
         layer_types=kinds,
         num_attention_heads=need("num_attention_heads"),
         num_key_value_heads=need("num_key_value_heads"),
-        num_global_key_value_heads=raw.get("num_global_key_value_heads")
-        or per_layer.get("num_key_value_heads")
-        or need("num_key_value_heads"),
+        num_global_key_value_heads=per_global.get("num_key_value_heads") or need("num_key_value_heads"),
         head_dim=need("head_dim"),
-        global_head_dim=raw.get("global_head_dim") or per_layer.get("head_dim") or need("head_dim"),
+        global_head_dim=per_global.get("head_dim") or need("head_dim"),
         sliding_window=need("sliding_window"),
         max_position_embeddings=need("max_position_embeddings"),
         rope_sliding=_rope(rope.get(SLIDING), SLIDING, RopeConfig(1e4, "default")),
@@ -232,19 +220,30 @@ def _text_config(raw: dict[str, Any], outer_tie: bool | None) -> TextConfig:
 
 
 def _global_overrides(raw: dict[str, Any], kinds: tuple[str, ...]) -> dict[str, Any]:
-    """The global layers' own values in the `per_layer_config` style ({"5": {"head_dim": 512, ...}, ...})."""
-    found: dict[str, Any] = {}
-    for index, values in (raw.get("per_layer_config") or {}).items():
-        if int(index) >= len(kinds) or kinds[int(index)] != GLOBAL:
+    """What global layers have of their own (head_dim, num_key_value_heads), in either published style.
+
+    `per_layer_config` ({"05": {"head_dim": 512, ...}, ...}) goes before the other two fields where both stand, and
+    `num_global_key_value_heads` counts in K=V checkpoints only.
+    Source: transformers `configuration_gemma4.py: Gemma4TextConfig.__post_init__`.
+    """
+    if raw.get("per_layer_config") is None:
+        if raw.get("global_head_dim") is None:
+            raise ConfigError("config.json lacks 'global_head_dim' (or per_layer_config), which the text decoder needs")
+        heads = raw.get("num_global_key_value_heads") if raw.get("attention_k_eq_v") else None
+        return {"head_dim": raw["global_head_dim"], "num_key_value_heads": heads}
+    try:
+        layers = {int(index): values for index, values in raw["per_layer_config"].items()}
+    except ValueError:
+        raise ConfigError("per_layer_config has keys that are not layer numbers") from None
+    for index, values in layers.items():
+        if index >= len(kinds) or kinds[index] != GLOBAL:
             raise ConfigError(f"per_layer_config overrides layer {index}, which is not a global layer")
-        for key, value in values.items():
-            if key not in ("head_dim", "num_key_value_heads"):
-                raise ConfigError(
-                    f"per_layer_config sets {key!r}; this graph knows head_dim and num_key_value_heads"
-                )
-            if found.setdefault(key, value) != value:
-                raise ConfigError(f"per_layer_config gives global layers different values of {key!r}")
-    return found
+        if unknown := set(values) - {"head_dim", "num_key_value_heads"}:
+            raise ConfigError(f"per_layer_config sets {min(unknown)!r}; this graph knows head_dim, num_key_value_heads")
+    found = [layers.get(index, {}) for index, kind in enumerate(kinds) if kind == GLOBAL]
+    if any(values != found[0] for values in found):
+        raise ConfigError("per_layer_config gives global layers different shapes; this graph knows one for all")
+    return found[0] if found else {}
 
 
 def _rope(raw: dict[str, Any] | None, kind: str, default: RopeConfig) -> RopeConfig:
@@ -263,24 +262,18 @@ def _rope(raw: dict[str, Any] | None, kind: str, default: RopeConfig) -> RopeCon
 
 def _check(text: TextConfig, moe: bool) -> None:
     """What the published files always satisfy and the graph relies on."""
+    if text.layer_types[-1] != GLOBAL:
+        raise ConfigError("the last layer must be full_attention, as in every published Gemma 4")
     for name in ("num_key_value_heads", "num_global_key_value_heads"):
         if text.num_attention_heads % getattr(text, name):
             raise ConfigError(f"num_attention_heads {text.num_attention_heads} is no multiple of {name}")
-    if moe and not (
-        text.num_experts and text.moe_intermediate_size and 0 < text.top_k_experts <= text.num_experts
-    ):
-        raise ConfigError(
-            "enable_moe_block is set, but num_experts, top_k_experts or moe_intermediate_size is missing"
-        )
+    if moe and not (text.num_experts and text.moe_intermediate_size and 0 < text.top_k_experts <= text.num_experts):
+        raise ConfigError("enable_moe_block is set, but num_experts, top_k_experts or moe_intermediate_size is missing")
     if not 0 <= text.num_kv_shared_layers < text.num_hidden_layers:
-        raise ConfigError(
-            f"num_kv_shared_layers {text.num_kv_shared_layers} leaves no layer with keys and values"
-        )
+        raise ConfigError(f"num_kv_shared_layers {text.num_kv_shared_layers} leaves no layer with keys and values")
     own = set(text.layer_types[: text.first_shared_layer])
     for kind in text.layer_types[text.first_shared_layer :]:
         if kind not in own:
-            raise ConfigError(
-                f"a sharing layer is of kind {kind}, but no layer before it has keys and values of it"
-            )
+            raise ConfigError(f"a sharing layer is of kind {kind}, but no layer before it has keys and values of it")
     if text.use_bidirectional_attention not in (None, "vision"):
         raise ConfigError(f"use_bidirectional_attention {text.use_bidirectional_attention!r} is not known")

@@ -66,11 +66,7 @@ def scratch_bound(batch: int, heads: int, head_dim: int, rows: int) -> int:
     """
     tile = max(TILE_ELEMENTS, batch * heads * KEY_TILE)
     lq = min(rows, MAX_QUERY_TILE)
-    return (
-        4 * (4 * tile)
-        + 4 * (3 * batch * heads * lq * head_dim)
-        + 4 * (4 * batch * heads * KEY_TILE * head_dim)
-    )
+    return 4 * (4 * tile) + 4 * (3 * batch * heads * lq * head_dim) + 4 * (4 * batch * heads * KEY_TILE * head_dim)
 
 
 def flash_attention(
@@ -113,21 +109,19 @@ def _query_tile_attention(
     window: int | None,
     first_visible: mx.array | None,
 ) -> mx.array:
-    B, H, L, D = q.shape
+    B, H, L, _ = q.shape
     G = H // reader.kv_heads
     # Query heads of one KV head become rows of one matmul: [B, H_kv, G*L, D_p].
-    parts = [
-        (p * scale if scale != 1.0 else p).reshape(B, reader.kv_heads, G * L, -1) for p in reader.split(q)
-    ]
+    parts = [(p * scale if scale != 1.0 else p).reshape(B, reader.kv_heads, G * L, -1) for p in reader.split(q)]
 
-    peak = total = acc = None
+    peak: mx.array | None = None
+    total = acc = mx.zeros(())
     for start in range(lo, hi, KEY_TILE):
         end = min(start + KEY_TILE, hi)
         keys, values = reader.read(start, end)
-        scores = parts[0] @ keys[0].swapaxes(-1, -2)
+        scores = (parts[0] @ keys[0].swapaxes(-1, -2)).astype(mx.float32)
         for p, k in zip(parts[1:], keys[1:], strict=True):
-            scores = scores + p @ k.swapaxes(-1, -2)
-        scores = scores.astype(mx.float32)
+            scores = scores + (p @ k.swapaxes(-1, -2)).astype(mx.float32)
         visible = _visible(q_start, L, k_start + start, end - start, window, first_visible)
         if visible is not None:
             scores = scores.reshape(B, reader.kv_heads, G, L, end - start)
@@ -147,7 +141,6 @@ def _query_tile_attention(
             total = total * shrink + tile_total
             acc = acc * shrink + tile_acc
         peak = new_peak
-    assert acc is not None
     return (acc / total).astype(q.dtype).reshape(B, H, L, -1)
 
 
@@ -162,8 +155,8 @@ def _visible(
         q_pos = mx.arange(q_start, q_start + L)[:, None]
         k_pos = mx.arange(k_start, k_start + n)[None]
         mask = k_pos <= q_pos
-        if windowed:
-            mask = mask & (k_pos > q_pos - window)
+        if window is not None:
+            mask = mask & (k_pos + window > q_pos)
     if first_visible is not None:
         real = mx.arange(k_start, k_start + n) >= first_visible[:, None]  # [B, n]
         real = real[:, None, None, None, :]

@@ -40,7 +40,7 @@ class Snapshot:
 
 
 class LayerCache:
-    """Common to all kinds. Subclasses name their arrays in `_ARRAYS`, each [B, H_kv, capacity, D] or None when empty."""
+    """Common to all kinds. Subclasses name their arrays in `_ARRAYS`: [B, H_kv, capacity, D] each, None when empty."""
 
     kind: ClassVar[str]
     _ARRAYS: ClassVar[tuple[str, ...]]
@@ -99,9 +99,7 @@ class LayerCache:
     def _check_alive(self, snapshot: Snapshot) -> None:
         later = self._truncations[snapshot.stamp :]
         if snapshot.offset > self.offset or any(position < snapshot.offset for _, position in later):
-            raise Gemma4Error(
-                f"the snapshot at position {snapshot.offset} was overwritten; prefill the prompt again"
-            )
+            raise Gemma4Error(f"the snapshot at position {snapshot.offset} was overwritten; prefill the prompt again")
 
     def status(self) -> str:
         """What was applied, for people: precision, form and size."""

@@ -9,8 +9,9 @@ position; for the rest the weight is folded into the query:
 
     q . key = (q * w)[still] . u[still]  +  q[rotated] . RoPE(w * u)[rotated]
 
-The first product reads u as it lies, the second rebuilds a quarter of each key, a tile at a time. Never read a stored
-*key* as value: it carries weight and rotation.
+The first product reads u as it lies, the second rebuilds a quarter of each key, a tile at a time. That is the form for
+decoding; a prefill tile has so many queries that it rebuilds whole keys, once per tile, and takes one product. Never
+read a stored *key* as value: it carries weight and rotation.
 
 Bytes: capacity * H_kv * D * itemsize per row, half of keys and values; the cos/sin table it needs is shared by all
 layers (`Rope.table`, 512 bytes per position once per model).
@@ -28,6 +29,9 @@ from ..models.rope import Rope, rotate_pairs
 from .base import LayerCache, Snapshot, View, room_for, write_at
 from .full import grown_capacity
 
+# From this many query rows per KV head on, rebuilding whole keys costs less than the second product.
+WHOLE_KEYS_FROM = 64
+
 
 @dataclass(frozen=True)
 class KeyForm:
@@ -39,9 +43,7 @@ class KeyForm:
     def keys(self, u: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
         """Whole keys [B, H_kv, T, D] of vectors u [B, H_kv, T, D] and their tables; what a plain cache would store."""
         # Weight and rotation in float32, one rounding, as `rebuild` does.
-        return self.rope.rotate(u.astype(mx.float32) * self.weight.astype(mx.float32), cos, sin).astype(
-            u.dtype
-        )
+        return self.rope.rotate(u.astype(mx.float32) * self.weight.astype(mx.float32), cos, sin).astype(u.dtype)
 
     def rotated(self, u: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
         """The rotated dimensions of the keys only, [B, H_kv, T, 2P]: first halves of the pairs, then second halves."""
@@ -49,7 +51,7 @@ class KeyForm:
         w = self.weight.astype(mx.float32)
         a = u[..., :pairs].astype(mx.float32) * w[:pairs]
         b = u[..., half : half + pairs].astype(mx.float32) * w[half : half + pairs]
-        return mx.concatenate(rotate_pairs(a, b, cos, sin), axis=-1).astype(u.dtype)
+        return mx.concatenate([*rotate_pairs(a, b, cos, sin)], axis=-1).astype(u.dtype)
 
     def split_query(self, q: mx.array) -> tuple[mx.array, mx.array]:
         """q [B, H, L, D] -> (q * w with the rotated dimensions zero [.., D], the rotated dimensions [.., 2P])."""
@@ -77,12 +79,22 @@ class OneVectorView:
             positions = mx.maximum(mx.arange(T) - first_visible[:, None], 0)  # [B, T]
             cos, sin = (t[:, None] for t in self.form.rope.angles(positions))
 
-        def read(start: int, stop: int) -> tuple[tuple[mx.array, mx.array], mx.array]:
-            u = self.vectors[:, :, start:stop]
-            rotated = self.form.rotated(u, cos[..., start:stop, :], sin[..., start:stop, :])
-            return (u, rotated), u
+        def tables(start: int, stop: int) -> tuple[mx.array, mx.array]:
+            return cos[..., start:stop, :], sin[..., start:stop, :]
 
-        reader = Reader(split=self.form.split_query, read=read, length=T, kv_heads=self.vectors.shape[1])
+        def read_parts(start: int, stop: int) -> tuple[tuple[mx.array, mx.array], mx.array]:
+            u = self.vectors[:, :, start:stop]
+            return (u, self.form.rotated(u, *tables(start, stop))), u
+
+        def read_whole(start: int, stop: int) -> tuple[tuple[mx.array], mx.array]:
+            u = self.vectors[:, :, start:stop]
+            return (self.form.keys(u, *tables(start, stop)),), u
+
+        kv_heads = self.vectors.shape[1]
+        if q.shape[1] // kv_heads * q.shape[2] < WHOLE_KEYS_FROM:
+            reader = Reader(self.form.split_query, read_parts, T, kv_heads)
+        else:
+            reader = Reader(lambda q: (q,), read_whole, T, kv_heads)
         return attend_reader(q, reader, scale=scale, q_start=self.q_start, first_visible=first_visible)
 
 
@@ -103,9 +115,7 @@ class OneVectorCache(LayerCache):
         self.offset += L
         have = 0 if self.vectors is None else self.vectors.shape[2]
         if self.offset > have:
-            self.vectors = room_for(
-                self.vectors, vectors.shape, vectors.dtype, grown_capacity(have, self.offset, L)
-            )
+            self.vectors = room_for(self.vectors, vectors.shape, vectors.dtype, grown_capacity(have, self.offset, L))
         assert self.vectors is not None
         self.vectors = write_at(self.vectors, vectors, start)
         return OneVectorView(self.vectors[:, :, : self.offset], form, start, self.left_padding)

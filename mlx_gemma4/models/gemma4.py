@@ -39,7 +39,7 @@ class Model(nn.Module):
         left_padding: Sequence[int] | None = None,
         input_embeddings: mx.array | None = None,
     ) -> mx.array:
-        """tokens int [B, L] -> logits [B, L, V].
+        """tokens int [B, L] -> logits float32 [B, L, V].
 
         Rows of unequal length are padded on the left: `left_padding` says by how much, row by row, in a call without
         cache; with one, it was said to `make_cache`. Logits at padded positions mean nothing.

@@ -40,13 +40,15 @@ class ExpertLinear(nn.Module):
 
     def __init__(self, experts: int, input_dims: int, output_dims: int):
         super().__init__()
-        self.weight = mx.random.uniform(
-            -(input_dims**-0.5), input_dims**-0.5, (experts, output_dims, input_dims)
-        )
+        self.weight = mx.random.uniform(-(input_dims**-0.5), input_dims**-0.5, (experts, output_dims, input_dims))
 
     def __call__(self, x: mx.array, experts: mx.array, ordered: bool) -> mx.array:
         """x [..., 1, in], experts int [...] -> [..., 1, out]; `ordered` says that experts are ascending."""
-        return mx.gather_mm(x, self.weight.swapaxes(-1, -2), rhs_indices=experts, sorted_indices=ordered)
+        dtype, weight = x.dtype, self.weight
+        if mx.default_device() == mx.cpu:  # where MLX's gather_mm knows float32 only
+            x, weight = x.astype(mx.float32), weight.astype(mx.float32)
+        y = mx.gather_mm(x, weight.swapaxes(-1, -2), rhs_indices=experts, sorted_indices=ordered)
+        return y.astype(dtype)
 
     def to_quantized(
         self, group_size: int | None = None, bits: int | None = None, mode: str = "affine", **_: object

@@ -68,7 +68,7 @@ class Rope:
         return sum(t.nbytes for t in self._table) if self._table is not None else 0
 
     def rotate(self, x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-        """Rotates the heads x [B, H, L, width] by tables [L, P] or [B, 1, L, P]; computes in float32, keeps x's dtype."""
+        """Rotates heads x [B, H, L, width] by tables [L, P] or [B, 1, L, P]; computes in float32, keeps x's dtype."""
         half, pairs = self.width // 2, self.pairs
         a, b = x[..., :pairs], x[..., half : half + pairs]
         first, second = rotate_pairs(a, b, cos, sin)

@@ -54,9 +54,7 @@ class Attention(nn.Module):
                 self.v_proj = nn.Linear(E, self.kv_heads * D, bias=False)
         self.o_proj = nn.Linear(self.heads * D, E, bias=False)
 
-    def __call__(
-        self, x: mx.array, step: Step, cache: LayerCache | None, view: View | None
-    ) -> tuple[mx.array, View]:
+    def __call__(self, x: mx.array, step: Step, cache: LayerCache | None, view: View | None) -> tuple[mx.array, View]:
         """x [B, L, E] -> (the same shape, the view that sharing layers attend to)."""
         B, L, _ = x.shape
         q = self.q_norm(self.q_proj(x).reshape(B, L, self.heads, self.width)).swapaxes(1, 2)
@@ -123,12 +121,8 @@ class DecoderLayer(nn.Module):
             self.post_feedforward_layernorm_2 = norm()
             self.pre_feedforward_layernorm_2 = norm()
         if config.hidden_size_per_layer_input:
-            self.per_layer_input_gate = nn.Linear(
-                config.hidden_size, config.hidden_size_per_layer_input, bias=False
-            )
-            self.per_layer_projection = nn.Linear(
-                config.hidden_size_per_layer_input, config.hidden_size, bias=False
-            )
+            self.per_layer_input_gate = nn.Linear(config.hidden_size, config.hidden_size_per_layer_input, bias=False)
+            self.per_layer_projection = nn.Linear(config.hidden_size_per_layer_input, config.hidden_size, bias=False)
             self.post_per_layer_input_norm = norm()
         self.layer_scalar = mx.ones((1,))
 
@@ -166,17 +160,14 @@ class TextModel(nn.Module):
         }
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [
-            DecoderLayer(config, i, self._ropes[config.layer_types[i]])
-            for i in range(config.num_hidden_layers)
+            DecoderLayer(config, i, self._ropes[config.layer_types[i]]) for i in range(config.num_hidden_layers)
         ]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if config.hidden_size_per_layer_input:
             all_layers = config.num_hidden_layers * config.hidden_size_per_layer_input
             self.embed_tokens_per_layer = nn.Embedding(config.vocab_size_per_layer_input, all_layers)
             self.per_layer_model_projection = nn.Linear(config.hidden_size, all_layers, bias=False)
-            self.per_layer_projection_norm = nn.RMSNorm(
-                config.hidden_size_per_layer_input, eps=config.rms_norm_eps
-            )
+            self.per_layer_projection_norm = nn.RMSNorm(config.hidden_size_per_layer_input, eps=config.rms_norm_eps)
 
     def __call__(
         self,
@@ -246,11 +237,11 @@ class LanguageModel(nn.Module):
         left_padding: tuple[int, ...] | None = None,
         input_embeddings: mx.array | None = None,
     ) -> mx.array:
-        """tokens int [B, L] -> logits [B, L, V]."""
+        """tokens int [B, L] -> logits float32 [B, L, V]."""
         x = self.model(tokens, cache, left_padding, input_embeddings)
         logits = self.model.embed_tokens.as_linear(x) if self.config.tie_word_embeddings else self.lm_head(x)
         cap = self.config.final_logit_softcapping
-        return logits if cap is None else soft_cap(cap, logits)
+        return logits.astype(mx.float32) if cap is None else soft_cap(cap, logits)
 
     def make_cache(self, left_padding: Sequence[int] | None = None) -> list[LayerCache]:
         """An empty cache per layer that has keys and values of its own, in layer order."""

@@ -1,0 +1,278 @@
+"""A model by name, folder or repository: found, checked, read and ready to run.
+
+Owns: what a source string means, which files hold the weights, whether they fit the graph that config.json
+describes, the types they are computed in. Leaves downloading to `conversions/hub.py`, renaming to
+`conversions/names.py`, file headers to `safetensors_header.py` and MLX's packed weights to `packed.py`.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from . import catalog
+from .config import Gemma4Config
+from .errors import ModelNotFoundError, UsageError, WeightsError
+from .safetensors_header import Tensor, read_header
+
+if TYPE_CHECKING:
+    from .conversions.hub_progress import Progress
+    from .models.gemma4 import Model
+    from .tokenizer import Tokenizer
+
+DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
+
+INDEX = "model.safetensors.index.json"
+
+
+def load(
+    source: str | os.PathLike[str] = catalog.DEMO,
+    *,
+    revision: str | None = None,
+    dtype: str | mx.Dtype | None = None,
+    kv_bits: float | None = None,
+    lazy: bool = False,
+    check: bool = False,
+    progress: "Progress | bool | None" = None,
+    token: str | None = None,
+) -> "tuple[Model, Tokenizer]":
+    """The model and its tokenizer.
+
+    source: see `resolve`, which also takes `revision`, `progress` and `token`.
+    dtype: "bfloat16", "float16" or "float32", in which the model computes; None is bfloat16 where Metal is
+    available, else float32 (CPUs are several times slower in 16 bits). Packed weights stay packed.
+    kv_bits: 16 or None; kept as `model.default_kv_bits`.
+    lazy: leaves the weights in their files until they are used. Without it every array is in memory when this
+    returns, so that the model may run on another thread than the one that loaded it.
+    check: looks at every value; weights that are not numbers or of absurd size are an error.
+
+    Raises ModelNotFoundError, ConfigError, TokenizerError, WeightsError, UsageError, DoesNotFitError.
+    """
+    if kv_bits not in (None, 16):
+        raise UsageError(
+            f"kv_bits {kv_bits} is not available: this version has no KV compression (TurboQuant comes next); use 16"
+        )
+    _compute_dtype(dtype)  # before a download, not after
+    folder = resolve(source, revision=revision, progress=progress, token=token)
+    config = Gemma4Config.from_folder(folder)
+    from .tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_folder(folder)
+    return load_model(folder, dtype=dtype, lazy=lazy, check=check, config=config), tokenizer
+
+
+def resolve(
+    source: str | os.PathLike[str] = catalog.DEMO,
+    *,
+    revision: str | None = None,
+    progress: "Progress | bool | None" = None,
+    token: str | None = None,
+) -> Path:
+    """The folder of a checkpoint, downloaded if need be.
+
+    source: "demo" (the model in this package); a folder: anything that exists or starts with `/`, `.` or
+    `~`; a family name (`catalog.names()`); a Hub repository `owner/name`. The last two may end in
+    `@revision` (branch, tag or commit), or `revision` says it. `progress` and `token` are for the download,
+    see `hub.download`.
+
+    Raises ModelNotFoundError, UsageError, and what `hub.download` raises.
+    """
+    text = os.fspath(source)
+    if text == catalog.DEMO:
+        from . import demo
+
+        if revision is not None:
+            raise UsageError(f"{catalog.DEMO} has no revisions; they apply to Hub repositories")
+        return demo.path()
+    if not text:
+        raise UsageError(f"the model's name is empty; known names are {', '.join(catalog.names())}")
+    path = Path(text).expanduser()
+    is_path = isinstance(source, os.PathLike) or text[0] in "/.~" or text.endswith(("/", os.sep)) or path.exists()
+    if is_path:
+        if path.is_dir() and revision is None:
+            return path
+        if path.is_dir():
+            raise UsageError(f"{text} is a folder; a revision applies to Hub repositories")
+        if path.exists():
+            raise ModelNotFoundError(f"{text} is a file; give the folder that holds config.json and the weights")
+        raise ModelNotFoundError(f"there is no folder {text}")
+
+    name, at, tag = text.partition("@")
+    if at and (revision is not None or not tag):
+        raise UsageError(f"{text!r} does not name one revision; write owner/name@revision")
+    entry = catalog.find(name)
+    if entry is None and name.count("/") == 0:
+        raise catalog.unknown(name)
+    if entry is None and name.count("/") > 1:
+        raise ModelNotFoundError(f"there is no folder {text}, and a Hub repository has the form owner/name")
+    from .conversions import hub
+
+    return hub.download(entry.repo if entry else name, tag or revision, token=token, progress=progress)
+
+
+def load_model(
+    folder: str | os.PathLike[str],
+    *,
+    dtype: str | mx.Dtype | None = None,
+    lazy: bool = False,
+    check: bool = False,
+    config: Gemma4Config | None = None,
+) -> "Model":
+    """The model of a checkpoint folder, without its tokenizer; arguments as in `load`.
+
+    Sets `model.compute_dtype` (mx.Dtype) and `model.default_kv_bits`. Raises ConfigError and WeightsError.
+    """
+    from . import packed
+    from .models.gemma4 import Model
+
+    folder = Path(folder)
+    compute = _compute_dtype(dtype)
+    config = config or Gemma4Config.from_folder(folder)
+    weights = _read(shards(folder), config)
+    model = Model(config)
+    packed.pack(model, weights.values, weights.files, config)
+    _fit(model, weights, folder)
+    _cast(weights, compute)
+    model.load_weights(list(weights.values.items()), strict=True)
+    model.eval()
+    model.compute_dtype = compute
+    model.default_kv_bits = 16
+    if not lazy or check:
+        _evaluate(weights)
+        mx.eval(model.parameters(), model.private_arrays())
+    if check:
+        from .weight_check import check_values
+
+        check_values(model, weights.values, weights.files)
+    return model
+
+
+def shards(folder: Path) -> dict[Path, dict[str, Tensor]]:
+    """The weight files of a folder with their headers, checked; MLX has not opened them yet.
+
+    With an index these are the files it names, else all model*.safetensors. Raises WeightsError naming what
+    is missing or damaged.
+    """
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(where.values()))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise WeightsError(f"{index} is damaged; download it again") from None
+        headers = {folder / n: read_header(folder / n) for n in names}
+        for tensor, file in where.items():
+            if tensor not in headers[folder / file]:
+                raise WeightsError(f"{folder / file} lacks tensor {tensor}, which {INDEX} places there")
+        return headers
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise WeightsError(f"{folder} has no model*.safetensors; download or convert the weights into it")
+    for file in files:
+        if numbered := re.fullmatch(r"model-\d+-of-(\d+)\.safetensors", file.name):
+            count = int(numbered[1])
+            for i in range(1, count + 1):
+                other = folder / f"model-{i:05d}-of-{numbered[1]}.safetensors"
+                if not other.is_file():
+                    raise WeightsError(f"{other} is missing ({count} shards in all); download it again")
+    return {f: read_header(f) for f in files}
+
+
+@dataclass
+class _Weights:
+    """The tensors a graph uses, by the graph's names, and the file each came from."""
+
+    values: dict[str, mx.array] = field(default_factory=dict)
+    files: dict[str, Path] = field(default_factory=dict)
+
+
+def _read(headers: Iterable[Path], config: Gemma4Config) -> _Weights:
+    from .conversions.names import sanitize
+
+    out = _Weights()
+    for file in headers:
+        try:
+            found = mx.load(str(file))
+        except (RuntimeError, ValueError) as e:
+            raise WeightsError(f"{file} cannot be read ({_first_line(e)}); download it again") from None
+        assert isinstance(found, dict)
+        try:
+            found = sanitize(found, config)
+        except ValueError as e:
+            # A tensor whose number of axes is not what its name promises.
+            raise WeightsError(f"{file}: {_first_line(e)}") from None
+        for name, value in found.items():
+            if name in out.values:
+                raise WeightsError(f"tensor {name} is both in {out.files[name].name} and in {file}; delete one copy")
+            out.values[name], out.files[name] = value, file
+    for name, value in out.values.items():
+        _check_dtype(name, value, out)
+    return out
+
+
+def _check_dtype(name: str, value: mx.array, weights: _Weights) -> None:
+    if mx.issubdtype(value.dtype, mx.floating):
+        return
+    packed = name.endswith(".weight") and name.removesuffix("weight") + "scales" in weights.values
+    if (value.dtype == mx.uint32 and packed) or (value.dtype == mx.uint8 and name.endswith(".scales")):
+        return
+    stored = str(value.dtype).removeprefix("mlx.core.")
+    raise WeightsError(f"{weights.files[name]}: tensor {name} is {stored}, not floating point; convert it again")
+
+
+def _fit(model: "Model", weights: _Weights, folder: Path) -> None:
+    """Raises WeightsError unless the tensors are exactly the model's, in name and shape."""
+    wanted = dict(tree_flatten(model.parameters()))
+    missing = [n for n in wanted if n not in weights.values]
+    extra = [n for n in weights.values if n not in wanted]
+    if missing:
+        raise WeightsError(f"{folder} lacks {_some(missing)} that config.json asks for; download it again")
+    if extra:
+        raise WeightsError(f"{folder} holds {_some(extra)} that config.json does not ask for; is it the right one?")
+    for name, value in weights.values.items():
+        if value.shape != wanted[name].shape:
+            raise WeightsError(
+                f"{weights.files[name]}: tensor {name} has shape {list(value.shape)}, "
+                f"config.json asks for {list(wanted[name].shape)}; is it the right one?"
+            )
+
+
+def _cast(weights: _Weights, dtype: mx.Dtype) -> None:
+    # Also scales and biases of affine packing; those of other modes are bytes.
+    for name, value in weights.values.items():
+        if mx.issubdtype(value.dtype, mx.floating):
+            weights.values[name] = value.astype(dtype)
+
+
+def _evaluate(weights: _Weights) -> None:
+    """Reads every tensor, one after the other: the peak stays near the result, and an error can be placed."""
+    for name, value in weights.values.items():
+        try:
+            mx.eval(value)
+        except RuntimeError as e:
+            raise WeightsError(f"{weights.files[name]}: tensor {name} cannot be read ({_first_line(e)})") from None
+
+
+def _compute_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype:
+    if dtype is None:
+        return mx.bfloat16 if mx.metal.is_available() else mx.float32
+    name = str(dtype).removeprefix("mlx.core.")
+    if name not in DTYPES:
+        raise UsageError(f"dtype {name!r} is not available; allowed: {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def _some(names: list[str]) -> str:
+    """ "2 tensors: a, b" or "57 tensors: a, b, c, ..." """
+    more = ", ..." if len(names) > 3 else ""
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''} ({', '.join(names[:3])}{more})"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,196 @@
+"""`gemma4 chat`: a conversation in the terminal.
+
+Owns the order of things: load, introduce, answer the prompt given, then lines until Ctrl-D. Leaves the
+conversation to `mlx_gemma4.chat.Chat`, slash commands to `tui/commands.py`, editing to `tui/prompt.py`,
+drawing to `tui/stream.py`.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mlx_gemma4.errors import ContextError, Gemma4Error, UsageError
+
+from . import failures, options
+from .tui import commands, status
+from .tui.stream import AnswerView, open_view, terminal_size
+from .tui.turn import between_prompts, show_turn
+
+if TYPE_CHECKING:
+    from mlx_gemma4.chat import Chat
+
+
+def command(
+    prompt: Annotated[
+        str | None,
+        typer.Argument(metavar="PROMPT", help="Answered first; without a terminal the command then ends."),
+    ] = None,
+    model: options.Model = options.DEMO,
+    revision: options.Revision = None,
+    dtype: options.Dtype = None,
+    check: options.Check = False,
+    system: options.System = None,
+    think: options.Think = False,
+    max_tokens: options.MaxTokens = None,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
+    min_p: options.MinP = None,
+    repetition_penalty: options.RepetitionPenalty = None,
+    seed: options.Seed = None,
+    context: options.Context = None,
+    kv_bits: options.KvBits = 16,
+    prefill_step_size: options.PrefillStepSize = 2048,
+    hide_thinking: options.HideThinking = False,
+    no_markdown: options.NoMarkdown = False,
+    stats: Annotated[
+        bool,
+        typer.Option("--stats", help="The long figures after each turn.", rich_help_panel="Screen"),
+    ] = False,
+) -> int:
+    """Talk to a model. /help inside lists what you can do there.
+
+    Without a terminal on stdin there is one turn: the prompt given, or else all of stdin.
+    """
+    options.check_kv_bits(kv_bits)
+    changes = options.sampling_changes(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    interactive = sys.stdin is not None and sys.stdin.isatty()
+    if prompt is None and not interactive:
+        prompt = options.piped_input()
+    if prompt is not None:
+        prompt = options.checked_text(prompt, "the prompt").strip()
+    if not prompt and not interactive:
+        raise UsageError("nothing to answer: give a prompt, pipe one in, or start gemma4 chat in a terminal")
+    if system is not None:
+        system = options.checked_text(system, "--system")
+
+    from mlx_gemma4.chat import Chat
+    from mlx_gemma4.sampling import Sampling
+
+    from . import loader
+
+    loaded, tokenizer = loader.open_model(model, revision=revision, dtype=dtype, check=check, context=context)
+    conversation = Chat(
+        loaded,
+        tokenizer,
+        system,
+        think,
+        Sampling.from_defaults(tokenizer.generation_defaults, **changes),
+        kv_bits=kv_bits,
+        prefill_step_size=prefill_step_size,
+    )
+    session = ChatSession(
+        conversation,
+        loader.introduction(model, loaded) if interactive else [],
+        markdown=not no_markdown,
+        show_thoughts=not hide_thinking,
+        long_stats=stats,
+    )
+    if interactive:
+        return session.talk(prompt)
+    if model == options.DEMO:
+        session.say(loader.demo_notice())
+    return session.once(prompt or "")
+
+
+class ChatSession:
+    """One conversation on one terminal. `title`: the lines that introduce the model."""
+
+    def __init__(
+        self,
+        chat: Chat,
+        title: list[str],
+        *,
+        markdown: bool = True,
+        show_thoughts: bool = True,
+        long_stats: bool = False,
+    ):
+        self.chat = chat
+        self.title = title
+        self._markdown = markdown
+        self._show_thoughts = show_thoughts
+        self._long_stats = long_stats
+
+    def say(self, text: str) -> None:
+        status.dim(text)
+
+    def once(self, text: str) -> int:
+        """One turn; returns the exit code. Errors pass through."""
+        done = self._turn(text, patient=False)
+        return failures.INTERRUPTED if done.reason == "cancelled" else 0
+
+    def talk(self, first: str | None = None) -> int:
+        """The dialogue until Ctrl-D or /exit. A failed turn is reported and the conversation goes on."""
+        with between_prompts():
+            return self._talk(first)
+
+    def _talk(self, first: str | None) -> int:
+        from .tui.prompt import Prompt, message_of
+
+        prompt = Prompt()
+        for line in [*self.title, *([prompt.warning] if prompt.warning else [])]:
+            self.say(line)
+        self.say("/help shows the commands, Ctrl-D leaves")
+        if first:
+            print(f"> {first}", file=sys.stderr)
+            self._handle(first)
+        while True:
+            try:
+                typed = prompt.ask()
+            except KeyboardInterrupt:
+                if not prompt.dropped.strip():
+                    self.say("Ctrl-D or /exit leaves")
+                continue
+            except EOFError:
+                return 0
+            if commands.is_command(typed):
+                if self._guard(lambda line=typed: commands.run(self, line)):
+                    return 0
+            elif text := message_of(typed).strip():
+                self._handle(text)
+
+    def _handle(self, text: str) -> None:
+        self._guard(lambda: self._turn(text, patient=True))
+        self.say("")
+
+    def _guard(self, work: Any) -> Any:
+        """What `work` returns. An error is reported and gives None: the conversation must outlive it."""
+        try:
+            return work()
+        except UsageError as error:
+            self.say(str(error))
+        except (BrokenPipeError, EOFError):
+            raise
+        except ContextError as error:
+            failures.report(error)
+            self.say("/clear starts a new conversation")
+        except Gemma4Error as error:
+            failures.report(error)
+        except Exception as error:
+            failures.report(error)
+            self.say("the conversation up to the last answer is still here")
+        return None
+
+    def _view(self) -> AnswerView:
+        return open_view(markdown=self._markdown, show_thoughts=self._show_thoughts)
+
+    def _turn(self, text: str, *, patient: bool) -> Any:
+        done = show_turn(self.chat, text, self._view(), patient=patient)
+        if self._long_stats:
+            for line in status.long_stats(done.stats, self.chat.cache_status):
+                self.say(line)
+        else:
+            columns = terminal_size(sys.stderr)[0] if sys.stderr.isatty() else None
+            self.say(status.turn_line(done.stats, columns))
+        return done

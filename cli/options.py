@@ -1,0 +1,165 @@
+"""The options that several commands share, and their checks.
+
+Owns names, help texts and what is refused before a model is loaded. Leaves ranges of sampling values to
+`mlx_gemma4.sampling.Sampling` and model names to `mlx_gemma4.loading`.
+"""
+
+import re
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from mlx_gemma4.errors import UsageError
+
+DEMO = "demo"
+
+_MODEL, _SAMPLING, _MEMORY, _SCREEN = "Model", "Sampling", "Memory and speed", "Screen"
+
+
+def _model_names(typed: str) -> list[str]:
+    from mlx_gemma4 import catalog
+
+    return [name for name in catalog.names() if name.startswith(typed)]
+
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        envvar="GEMMA4_MODEL",
+        metavar="NAME",
+        help="A folder, a Hub repository (owner/name, owner/name@revision), e2b, e4b, 26b-a4b, 31b (-base "
+        "for the pretrained ones), or demo: the small model in this package.",
+        autocompletion=_model_names,
+        rich_help_panel=_MODEL,
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(metavar="REV", help="Branch, tag or commit of the Hub repository.", rich_help_panel=_MODEL),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TYPE",
+        help="Compute type: bfloat16, float16 or float32. Default: bfloat16 on Metal, float32 on a CPU.",
+        rich_help_panel=_MODEL,
+    ),
+]
+Check = Annotated[
+    bool,
+    typer.Option("--check", help="Look for NaN and infinity in the weights first.", rich_help_panel=_MODEL),
+]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.", rich_help_panel=_MODEL)]
+Think = Annotated[
+    bool,
+    typer.Option("--think/--no-think", help="Let the model think before it answers.", rich_help_panel=_MODEL),
+]
+HideThinking = Annotated[bool, typer.Option("--hide-thinking", help="Do not show thoughts.", rich_help_panel=_SCREEN)]
+NoMarkdown = Annotated[bool, typer.Option("--no-markdown", help="Show the text as it comes.", rich_help_panel=_SCREEN)]
+
+_FROM_MODEL = "Default: the model's own."
+MaxTokens = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help="Longest answer, in tokens. Default: until the model stops or the context is full.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option(metavar="X", help=f"0 takes the likeliest token each time. {_FROM_MODEL}", rich_help_panel=_SAMPLING),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        help=f"Sample from the likeliest tokens that make up this share. {_FROM_MODEL}",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        help=f"Sample from the N likeliest tokens; 0: all. {_FROM_MODEL}",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        help="Leave out tokens less likely than X times the likeliest.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
+RepetitionPenalty = Annotated[
+    float | None,
+    typer.Option(metavar="X", help="Above 1: repeat less.", rich_help_panel=_SAMPLING),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="The same seed gives the same answer.", rich_help_panel=_SAMPLING),
+]
+KvBits = Annotated[
+    float,
+    typer.Option(metavar="BITS", help="Bits per remembered number; this version keeps 16.", rich_help_panel=_MEMORY),
+]
+Context = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N",
+        help="Most tokens a conversation may hold, e.g. 8192 or 8k. Default: the model's.",
+        rich_help_panel=_MEMORY,
+    ),
+]
+PrefillStepSize = Annotated[
+    int,
+    typer.Option(metavar="N", min=1, help="Tokens of a prompt computed at a time.", rich_help_panel=_MEMORY),
+]
+
+
+def sampling_changes(**flags: Any) -> dict[str, Any]:
+    """The sampling values given on the command line. Raises UsageError naming the allowed range."""
+    from mlx_gemma4.sampling import Sampling
+
+    given = {name: value for name, value in flags.items() if value is not None}
+    Sampling(**given)
+    return given
+
+
+def check_kv_bits(bits: float) -> None:
+    if bits != 16:
+        raise UsageError(f"--kv-bits {bits:g} is not available in this version; the allowed value is 16")
+
+
+def token_count(text: str, option: str) -> int:
+    """`8192`, `8k` (1k = 1,024) or `1m` as a number. Raises UsageError."""
+    match = re.fullmatch(r"([0-9]{1,12})([km]?)", text.strip().lower().replace(",", "").replace("_", ""))
+    count = int(match[1]) * {"": 1, "k": 1024, "m": 1024 * 1024}[match[2]] if match else 0
+    if count < 1:
+        raise UsageError(f"{option} takes a number of tokens such as 8192 or 8k, not {text!r}")
+    return count
+
+
+def checked_text(text: str, name: str) -> str:
+    """`text` if it can be encoded. Raises UsageError when the terminal passed bytes that are not UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UsageError(f"{name} is not UTF-8 text") from None
+    return text
+
+
+def piped_input() -> str | None:
+    """All of stdin when something is piped or redirected into it; None for a terminal. Raises UsageError."""
+    if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
+        return None
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise UsageError(f"stdin is not UTF-8 text (byte {e.start}); convert it first") from None

@@ -1,0 +1,188 @@
+"""The slash commands of `gemma4 chat`: names, help, completion and what each does to the conversation.
+
+Owns the table of commands and the wording of their answers. Leaves reading lines to `prompt.py`, the
+conversation to `mlx_gemma4.chat.Chat`, and allowed ranges to `mlx_gemma4.sampling.Sampling`, which refuses a
+bad value itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, get_args, get_type_hints
+
+from mlx_gemma4.errors import UsageError
+
+from . import status
+
+if TYPE_CHECKING:
+    from mlx_gemma4.chat import Chat
+
+
+class Session(Protocol):
+    """What a command may touch."""
+
+    chat: Chat
+
+    @property
+    def title(self) -> list[str]: ...
+
+    def say(self, text: str) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """`run(session, argument)` returns True to leave the chat."""
+
+    name: str
+    usage: str
+    help: str
+    run: Callable[[Session, str], bool | None]
+    aliases: tuple[str, ...] = ()
+
+
+def is_command(line: str) -> bool:
+    """Whether a line is a command: `/word`. A path (`/usr/bin`) or a line starting with a space is not."""
+    word = line.split(maxsplit=1)[0] if line.strip() else ""
+    return line.startswith("/") and "/" not in word[1:]
+
+
+def run(session: Session, line: str) -> bool:
+    """Runs one slash command and returns whether the chat ends. Raises UsageError for a bad name or value."""
+    word, _, argument = line.strip().partition(" ")
+    command = _BY_NAME.get(word)
+    if command is None:
+        close = difflib.get_close_matches(word, _BY_NAME, n=1)
+        hint = f"did you mean {close[0]}?" if close else "/help lists the commands"
+        raise UsageError(f"unknown command {word}; {hint} (a space before the slash sends the line to the model)")
+    return bool(command.run(session, argument.strip()))
+
+
+def completions(text: str) -> list[str]:
+    """Whole lines that may follow from the line typed so far."""
+    word, space, argument = text.partition(" ")
+    if not space:
+        return [name for name in _BY_NAME if name.startswith(word)] if word.startswith("/") else []
+    choices = {"/set": setting_names, "/think": lambda: ["on", "off"]}.get(word)
+    return [f"{word} {c}" for c in choices() if c.startswith(argument)] if choices else []
+
+
+def setting_names() -> list[str]:
+    from mlx_gemma4.sampling import Sampling
+
+    return _names(Sampling)
+
+
+def _names(sampling: Any) -> list[str]:
+    # Token ids to suppress belong to the checkpoint, not to a conversation.
+    return [f.name for f in dataclasses.fields(sampling) if f.name != "suppress_tokens"]
+
+
+def change_setting(sampling: Any, name: str, text: str) -> Any:
+    """A copy of `sampling` with one field set from what the user typed. Raises UsageError."""
+    field = name.replace("-", "_").lower()
+    names = _names(sampling)
+    if field not in names:
+        close = difflib.get_close_matches(field, names, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
+        raise UsageError(f"no setting {name!r}; {hint}")
+    kinds = get_type_hints(type(sampling))[field]
+    kinds = get_args(kinds) or (kinds,)
+    value: Any
+    if text.lower() in ("none", "off") and type(None) in kinds:
+        value = None
+    else:
+        number = float if float in kinds else int
+        try:
+            value = number(text)
+        except ValueError:
+            kind = "number" if number is float else "whole number"
+            raise UsageError(f"{field} takes a {kind}, not {text!r}") from None
+    return dataclasses.replace(sampling, **{field: value})
+
+
+def _help(session: Session, argument: str) -> None:
+    width = max(len(c.usage) for c in COMMANDS)
+    for command in COMMANDS:
+        also = f" (also {', '.join(command.aliases)})" if command.aliases else ""
+        session.say(f"  {command.usage:<{width}}  {command.help}{also}")
+    session.say('  Enter sends · Alt-Enter, or a line starting with """, for several lines')
+    session.say("  Ctrl-C stops an answer · Ctrl-G opens your editor · Ctrl-D leaves")
+
+
+def _clear(session: Session, argument: str) -> None:
+    session.chat.clear()
+    session.say("a new conversation; the system prompt and the settings stay")
+
+
+def _system(session: Session, argument: str) -> None:
+    if not argument:
+        session.say(f"system prompt: {session.chat.system}" if session.chat.system else "no system prompt")
+    elif argument.lower() in ("none", "off"):
+        session.chat.set_system(None)
+        session.say("no system prompt from the next turn on")
+    else:
+        session.chat.set_system(_unquote(argument))
+        session.say("system prompt changed from the next turn on")
+
+
+def _set(session: Session, argument: str) -> None:
+    words = argument.split()
+    if words[:1] == ["parameter"]:  # the spelling of other chat tools
+        words = words[1:]
+    if not words:
+        for name in _names(session.chat.sampling):
+            session.say(f"  {name:<24} {getattr(session.chat.sampling, name)}")
+        return
+    if len(words) != 2:
+        raise UsageError("/set takes a name and a value, for example /set temperature 0.7; /set alone lists them")
+    session.chat.sampling = change_setting(session.chat.sampling, *words)
+    name = words[0].replace("-", "_").lower()
+    session.say(f"{name} is {getattr(session.chat.sampling, name)} from the next turn on")
+
+
+def _stats(session: Session, argument: str) -> None:
+    stats = session.chat.stats
+    if stats is None:
+        session.say("no turn yet")
+        return
+    for line in status.long_stats(stats, session.chat.cache_status):
+        session.say(f"  {line}")
+
+
+def _think(session: Session, argument: str) -> None:
+    if argument not in ("", "on", "off"):
+        raise UsageError(f"/think takes on or off, not {argument!r}")
+    if argument:
+        session.chat.thinking = argument == "on"
+    session.say(f"thinking is {'on' if session.chat.thinking else 'off'}")
+
+
+def _model(session: Session, argument: str) -> None:
+    if argument:
+        raise UsageError("the model cannot change during a conversation; leave and start with gemma4 chat --model NAME")
+    for line in session.title:
+        session.say(line)
+
+
+def _exit(session: Session, argument: str) -> bool:
+    return True
+
+
+COMMANDS = (
+    Command("/help", "/help", "this list", _help, ("/?",)),
+    Command("/clear", "/clear", "forget the conversation", _clear, ("/reset",)),
+    Command("/system", "/system [TEXT|off]", "show, change or drop the system prompt", _system),
+    Command("/set", "/set [NAME VALUE]", "show or change how answers are sampled", _set),
+    Command("/think", "/think [on|off]", "let the model think before it answers", _think),
+    Command("/stats", "/stats", "what the last turn cost", _stats),
+    Command("/model", "/model", "what runs here", _model),
+    Command("/exit", "/exit", "leave", _exit, ("/bye", "/quit")),
+)
+_BY_NAME = {name: command for command in COMMANDS for name in (command.name, *command.aliases)}
+
+
+def _unquote(text: str) -> str:
+    quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'"
+    return text[1:-1] if quoted else text

@@ -1,0 +1,127 @@
+"""A conversation without a model, for tests of the terminal: the answer depends on the words of the question.
+
+Owns scripted events of the same classes as `mlx_gemma4.chat`. Run as a script it is `gemma4 chat` on a fake.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from mlx_gemma4.chat import ChatEvent, Done, Stats, Text, Thought
+from mlx_gemma4.errors import ContextError
+from mlx_gemma4.sampling import Sampling
+
+MARKDOWN = """# A title
+
+Some *words* and `code`,
+on two lines.
+
+1. one
+2. two
+   - inner
+
+| name | value |
+|------|------:|
+| a    |     1 |
+| bb   |    22 |
+
+```python
+def f(x):
+    return x + 1
+```
+
+The end.
+"""
+
+
+class FakeChat:
+    """The public surface of `mlx_gemma4.chat.Chat` that the command line uses."""
+
+    def __init__(self, pause: float = 0.0):
+        self.messages: list[dict[str, Any]] = []
+        self.system: str | None = None
+        self.thinking = False
+        self.sampling = Sampling()
+        self.stats: Stats | None = None
+        self.pause = pause
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        self._cancelled = True
+
+    def clear(self) -> None:
+        self.messages = []
+        self.stats = None
+
+    def set_system(self, system: str | None) -> None:
+        self.system = system
+
+    @property
+    def cache_status(self) -> list[str]:
+        return ["4 x ring: 10 bytes", "1 x global: 20 bytes"]
+
+    def stream(self, text: str, *, progress: Callable[[int, int], Any] | None = None) -> Iterator[ChatEvent]:
+        self._cancelled = False
+        if text == "full":
+            raise ContextError("the prompt has 9 tokens and the context holds 8")
+        self.messages.append({"role": "user", "content": text})
+        said = ""
+        reason = "stop"
+        for event in self._events(text, progress):
+            if self._cancelled:
+                reason = "cancelled"
+                break
+            if isinstance(event, Text):
+                said += event.text
+            yield event
+            time.sleep(self.pause)
+        self.messages.append({"role": "assistant", "content": said})
+        self.stats = Stats(1200, 1000, 456.7, 88, 31.25, 1288, 131072, 12_345_678, 23_456_789, reason)
+        yield Done(self.stats, reason)
+
+    def _events(self, text: str, progress: Callable[[int, int], Any] | None) -> Iterator[ChatEvent]:
+        if progress:
+            progress(0, 200)
+            progress(200, 200)
+        if text == "slow":
+            for i in range(2000):
+                time.sleep(0.02)
+                yield Text(f"word{i} ")
+        elif text == "prefill":
+            for i in range(10):
+                time.sleep(0.2)
+                if progress:
+                    progress(20 * i, 200)
+            yield Text("read it")
+        elif text == "md":
+            for i in range(0, len(MARKDOWN), 3):
+                yield Text(MARKDOWN[i : i + 3])
+        elif text == "think":
+            yield Thought("let me ")
+            yield Thought("see")
+            yield Text("done **thinking**")
+        elif text == "fail":
+            raise RuntimeError("the device\nhas left")
+        elif text == "escape":
+            yield Text("a\x1b]0;owned\x07b\x1b[2Jc")
+        elif text == "table":
+            yield Text("| n | square |\n|---|---|\n")
+            for i in range(100):
+                yield Text(f"| {i} | {i * i} |\n")
+        elif text == "code":
+            yield Text("```python\n")
+            for i in range(100):
+                yield Text(f"print('line {i}')\n")
+            yield Text("```\nafter the code\n")
+        elif text == "count":
+            yield Text(f"{len(self.messages)} messages")
+        else:
+            yield Text(f"you said {text!r}")
+
+
+if __name__ == "__main__":
+    from mlx_gemma4.cli.chat import ChatSession
+
+    session = ChatSession(FakeChat(pause=0.005), ["a fake model", "cache: none"])  # type: ignore[arg-type]
+    sys.exit(session.talk(sys.argv[1] if len(sys.argv) > 1 else None))

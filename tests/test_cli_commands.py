@@ -1,0 +1,129 @@
+"""Slash commands, on a conversation without a model."""
+
+import pytest
+from fake_chat import FakeChat
+
+from mlx_gemma4.cli.tui import commands
+from mlx_gemma4.errors import UsageError
+
+
+class Said:
+    """A session that keeps what it was told to say."""
+
+    def __init__(self):
+        self.chat = FakeChat()
+        self.title = ["a fake model", "cache: none"]
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    def run(self, line: str) -> bool:
+        self.lines.clear()
+        return commands.run(self, line)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def session() -> Said:
+    return Said()
+
+
+def test_what_is_a_command():
+    assert commands.is_command("/help")
+    assert commands.is_command("/set top_k 3")
+    for line in ("", "  ", "hello", " /help", "/usr/bin/env is what?", "what is /help"):
+        assert not commands.is_command(line), line
+
+
+@pytest.mark.parametrize("line", ["/exit", "/bye", "/quit"])
+def test_ways_out(session: Said, line: str):
+    assert session.run(line) is True
+
+
+def test_help_names_every_command(session: Said):
+    for line in ("/help", "/?"):
+        assert session.run(line) is False
+        for command in commands.COMMANDS:
+            assert any(command.usage in said for said in session.lines)
+        assert all(len(said) < 80 for said in session.lines), "fits a plain terminal"
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [("/stat", "/stats"), ("/systm x", "/system"), ("/hepl", "/help"), ("/xyzzy", "/help lists")],
+)
+def test_unknown_command_suggests(session: Said, line: str, hint: str):
+    with pytest.raises(UsageError, match=hint):
+        session.run(line)
+
+
+def test_set_changes_one_value(session: Said):
+    session.run("/set temperature 0.25")
+    session.run("/set top-k 5")
+    session.run("/set parameter seed 7")
+    assert (session.chat.sampling.temperature, session.chat.sampling.top_k) == (0.25, 5)
+    assert session.chat.sampling.seed == 7
+    session.run("/set seed none")
+    assert session.chat.sampling.seed is None
+    session.run("/set")
+    assert [line.split() for line in session.lines][:2] == [["temperature", "0.25"], ["top_p", "0.95"]]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/set tempratur 1", "did you mean temperature"),
+        ("/set zzz 1", "there are temperature, top_p"),
+        ("/set temperature hot", "takes a number, not 'hot'"),
+        ("/set top_k 1.5", "takes a whole number, not '1.5'"),
+        ("/set top_p 7", "between 0 and 1"),
+        ("/set temperature none", "takes a number"),
+        ("/set suppress_tokens 3", "no setting"),
+        ("/set temperature", "a name and a value"),
+        ("/think maybe", "on or off"),
+        ("/model e2b", "gemma4 chat --model"),
+    ],
+)
+def test_bad_values_say_what_is_allowed(session: Said, line: str, message: str):
+    before = session.chat.sampling
+    with pytest.raises(UsageError, match=message):
+        session.run(line)
+    assert session.chat.sampling == before
+
+
+def test_system_prompt(session: Said):
+    session.run("/system")
+    assert session.lines == ["no system prompt"]
+    session.run('/system "Answer in verse."')
+    assert session.chat.system == "Answer in verse."
+    session.run("/system")
+    assert "Answer in verse." in session.lines[0]
+    session.run("/system off")
+    assert session.chat.system is None
+
+
+def test_clear_think_model_stats(session: Said):
+    session.run("/stats")
+    assert session.lines == ["no turn yet"]
+    list(session.chat.stream("hello"))
+    session.run("/stats")
+    text = "\n".join(session.lines)
+    assert "1,200 tokens: 1,000 re-used, 200 computed" in text
+    assert "12.3 MB (12,345,678 bytes)" in text and "4 x ring: 10 bytes" in text
+    session.run("/clear")
+    assert session.chat.messages == []
+    session.run("/think on")
+    assert session.chat.thinking is True
+    session.run("/think off")
+    assert session.chat.thinking is False
+    session.run("/model")
+    assert session.lines == session.title
+
+
+def test_completion():
+    assert commands.completions("/s") == ["/system", "/set", "/stats"]
+    assert commands.completions("/set te") == ["/set temperature"]
+    assert "/set min_p" in commands.completions("/set ")
+    assert commands.completions("/think o") == ["/think on", "/think off"]
+    assert commands.completions("hello /s") == []
+    assert commands.completions("") == []

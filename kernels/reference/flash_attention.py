@@ -15,11 +15,13 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-# Scores per tile, over batch and heads: 2^23 float32 values are 32 MB.
-TILE_ELEMENTS = 1 << 23
-# Keys per tile. Large enough that the matmul dominates, small enough that many query rows share a tile.
+# Scores per tile, over batch and heads: 2^22 float32 values are 16.8 MB.
+TILE_ELEMENTS = 1 << 22
+# Keys per tile at least. Large enough that the matmul dominates, small enough that many query rows share a tile.
 KEY_TILE = 1024
 MAX_QUERY_TILE = 1024
+# Query rows per tile in a sliding layer: a tile computes window + rows scores per query, of which window count.
+MIN_WINDOWED_TILE = 64
 
 # A masked score. Finite, so that a row with nothing to see (padding) gives numbers, never NaN.
 MASKED = -1e30
@@ -35,38 +37,62 @@ class Reader:
 
     # q [B, H, L, D] -> one query array per part, each [B, H, L, D_p]
     split: Callable[[mx.array], Sequence[mx.array]]
-    # (start, stop) within what is stored -> (one key array [B, H_kv, n, D_p] per part, values [B, H_kv, n, D])
-    read: Callable[[int, int], tuple[Sequence[mx.array], mx.array]]
+    # (start, stop) within what is stored -> (one key array [B, H_kv, n, D_p] per part, values [B, H_kv, n, D]).
+    # A reader that computes its keys lets them wait for the third argument (`wait_for`), the tile before.
+    read: Callable[[int, int, mx.array | None], tuple[Sequence[mx.array], mx.array]]
     # positions stored
     length: int
     kv_heads: int
+    # Numbers per key and KV head that `read` computes rather than hands out; they count as scratch.
+    rebuilt: int = 0
+
+
+def wait_for(x: mx.array, earlier: mx.array | None) -> mx.array:
+    """x, to be computed after `earlier`.
+
+    MLX orders independent work breadth first: without this, all tiles would be in memory at once.
+    """
+    return x if earlier is None else mx.depends([x], [earlier])[0]
 
 
 def plain_reader(keys: mx.array, values: mx.array) -> Reader:
     """Keys and values as they are, each [B, H_kv, T, D]."""
     return Reader(
         split=lambda q: (q,),
-        read=lambda start, stop: ((keys[:, :, start:stop],), values[:, :, start:stop]),
+        read=lambda start, stop, after: ((keys[:, :, start:stop],), values[:, :, start:stop]),
         length=keys.shape[2],
         kv_heads=keys.shape[1],
     )
 
 
-def query_tile(rows: int, batch: int, heads: int, keys: int) -> int:
-    """Query rows per tile so that batch * heads * rows * keys scores stay within TILE_ELEMENTS."""
-    fit = TILE_ELEMENTS // max(1, batch * heads * min(keys, KEY_TILE))
-    return max(1, min(rows, fit, MAX_QUERY_TILE))
+def tile_sizes(rows: int, batch: int, heads: int, reader: Reader | None, window: int | None) -> tuple[int, int]:
+    """(query rows, keys) per tile: batch * heads * rows * keys scores, and what the reader rebuilds, stay within
+    TILE_ELEMENTS, as far as one row and KEY_TILE keys allow.
+    """
+    rows = min(rows, MAX_QUERY_TILE, max(1, TILE_ELEMENTS // (batch * heads * KEY_TILE)))
+    if window is not None:
+        rows = min(rows, max(MIN_WINDOWED_TILE, window // 2))
+    if mx.default_device() == mx.Device(mx.cpu):
+        # A tile that stays in the processor's cache: one query over 8,192 keys is a third faster than in one piece.
+        return rows, KEY_TILE
+    # On a GPU fewer, larger kernels: one query takes all its keys in one tile if it can.
+    keys = TILE_ELEMENTS // (batch * heads * rows)
+    if reader is not None and reader.rebuilt:
+        keys = min(keys, TILE_ELEMENTS // (batch * reader.kv_heads * reader.rebuilt))
+    return rows, max(KEY_TILE, keys)
 
 
-def scratch_bound(batch: int, heads: int, head_dim: int, rows: int) -> int:
+def scratch_bound(batch: int, heads: int, kv_heads: int, head_dim: int, rows: int) -> int:
     """Upper bound in bytes of what `flash_attention` allocates besides its inputs and output, for `rows` queries.
 
-    Four float32 score tiles, three float32 accumulators, and the tile of keys and values brought to one part each.
-    Independent of the context length.
+    Six float32 tiles of scores, six of keys being rebuilt and four accumulators; MLX runs a few operations ahead, so
+    more than the two or three that the formulas need are alive at once (counted on its CPU build). Independent of the
+    context length: 235 MB for one sequence of any published size.
     """
-    tile = max(TILE_ELEMENTS, batch * heads * KEY_TILE)
-    lq = min(rows, MAX_QUERY_TILE)
-    return 4 * (4 * tile) + 4 * (3 * batch * heads * lq * head_dim) + 4 * (4 * batch * heads * KEY_TILE * head_dim)
+    scores = max(TILE_ELEMENTS, batch * heads * KEY_TILE)
+    rebuilt = max(TILE_ELEMENTS, batch * kv_heads * KEY_TILE * head_dim)
+    lq, _ = tile_sizes(rows, batch, heads, None, None)
+    return 4 * (6 * scores + 6 * rebuilt + 4 * batch * heads * lq * head_dim)
 
 
 def flash_attention(
@@ -87,14 +113,14 @@ def flash_attention(
     B, H, L, _ = q.shape
     # Keys at or after this index are in the future of every query.
     stop = min(reader.length, q_start + L - k_start)
-    rows = query_tile(L, B, H, stop)
+    rows, keys = tile_sizes(L, B, H, reader, window)
     out = []
     for i in range(0, L, rows):
-        tile = q[:, :, i : i + rows]
+        tile = wait_for(q[:, :, i : i + rows], out[-1] if out else None)
         p0, p1 = q_start + i, q_start + min(i + rows, L)  # positions of this tile
         lo = 0 if window is None else max(0, p0 - window + 1 - k_start)
         hi = min(stop, p1 - k_start)
-        out.append(_query_tile_attention(tile, reader, scale, p0, k_start, lo, hi, window, first_visible))
+        out.append(_query_tile_attention(tile, reader, scale, p0, k_start, lo, hi, keys, window, first_visible))
     return out[0] if len(out) == 1 else mx.concatenate(out, axis=2)
 
 
@@ -106,6 +132,7 @@ def _query_tile_attention(
     k_start: int,
     lo: int,
     hi: int,
+    key_tile: int,
     window: int | None,
     first_visible: mx.array | None,
 ) -> mx.array:
@@ -115,18 +142,18 @@ def _query_tile_attention(
     parts = [(p * scale if scale != 1.0 else p).reshape(B, reader.kv_heads, G * L, -1) for p in reader.split(q)]
 
     peak: mx.array | None = None
-    total = acc = mx.zeros(())
-    for start in range(lo, hi, KEY_TILE):
-        end = min(start + KEY_TILE, hi)
-        keys, values = reader.read(start, end)
-        scores = (parts[0] @ keys[0].swapaxes(-1, -2)).astype(mx.float32)
+    total = acc = earlier = None
+    for start in range(lo, hi, key_tile):
+        end = min(start + key_tile, hi)
+        keys, values = reader.read(start, end, earlier)
+        scores = (wait_for(parts[0], earlier) @ keys[0].swapaxes(-1, -2)).astype(mx.float32)
         for p, k in zip(parts[1:], keys[1:], strict=True):
             scores = scores + (p @ k.swapaxes(-1, -2)).astype(mx.float32)
         visible = _visible(q_start, L, k_start + start, end - start, window, first_visible)
         if visible is not None:
             scores = scores.reshape(B, reader.kv_heads, G, L, end - start)
             scores = mx.where(visible, scores, MASKED).reshape(B, reader.kv_heads, G * L, end - start)
-        if hi - lo <= KEY_TILE:
+        if hi - lo <= key_tile:
             weights = mx.softmax(scores, axis=-1).astype(values.dtype)
             return (weights @ values).reshape(B, H, L, -1)
         tile_peak = scores.max(axis=-1, keepdims=True)
@@ -134,13 +161,15 @@ def _query_tile_attention(
         weights = mx.exp(scores - new_peak)
         tile_total = weights.sum(axis=-1, keepdims=True)
         tile_acc = (weights.astype(values.dtype) @ values).astype(mx.float32)
-        if peak is None:
+        if peak is None or total is None or acc is None:
             total, acc = tile_total, tile_acc
         else:
             shrink = mx.exp(peak - new_peak)
             total = total * shrink + tile_total
             acc = acc * shrink + tile_acc
         peak = new_peak
+        earlier = acc
+    assert acc is not None and total is not None
     return (acc / total).astype(q.dtype).reshape(B, H, L, -1)
 
 

@@ -24,7 +24,7 @@ from typing import ClassVar
 import mlx.core as mx
 
 from ..kernels.flash_attention import attend_reader
-from ..kernels.reference.flash_attention import Reader
+from ..kernels.reference.flash_attention import Reader, wait_for
 from ..models.rope import Rope, rotate_pairs
 from .base import LayerCache, Snapshot, View, room_for, write_at
 from .full import grown_capacity
@@ -82,19 +82,19 @@ class OneVectorView:
         def tables(start: int, stop: int) -> tuple[mx.array, mx.array]:
             return cos[..., start:stop, :], sin[..., start:stop, :]
 
-        def read_parts(start: int, stop: int) -> tuple[tuple[mx.array, mx.array], mx.array]:
-            u = self.vectors[:, :, start:stop]
+        def read_parts(start: int, stop: int, after: mx.array | None) -> tuple[tuple[mx.array, mx.array], mx.array]:
+            u = wait_for(self.vectors[:, :, start:stop], after)
             return (u, self.form.rotated(u, *tables(start, stop))), u
 
-        def read_whole(start: int, stop: int) -> tuple[tuple[mx.array], mx.array]:
-            u = self.vectors[:, :, start:stop]
+        def read_whole(start: int, stop: int, after: mx.array | None) -> tuple[tuple[mx.array], mx.array]:
+            u = wait_for(self.vectors[:, :, start:stop], after)
             return (self.form.keys(u, *tables(start, stop)),), u
 
         kv_heads = self.vectors.shape[1]
         if q.shape[1] // kv_heads * q.shape[2] < WHOLE_KEYS_FROM:
-            reader = Reader(self.form.split_query, read_parts, T, kv_heads)
+            reader = Reader(self.form.split_query, read_parts, T, kv_heads, rebuilt=2 * self.form.rope.pairs)
         else:
-            reader = Reader(lambda q: (q,), read_whole, T, kv_heads)
+            reader = Reader(lambda q: (q,), read_whole, T, kv_heads, rebuilt=self.form.rope.width)
         return attend_reader(q, reader, scale=scale, q_start=self.q_start, first_visible=first_visible)
 
 

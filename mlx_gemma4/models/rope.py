@@ -11,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..config import RopeConfig
+from .fused import fused
 
 # Tables of global layers are kept between steps and grown by doubling from this many positions.
 FIRST_TABLE = 2048
@@ -77,6 +78,7 @@ class Rope:
         return mx.concatenate([first, x[..., pairs:half], second, x[..., half + pairs :]], axis=-1)
 
 
+@fused
 def rotate_pairs(a: mx.array, b: mx.array, cos: mx.array, sin: mx.array) -> tuple[mx.array, mx.array]:
     """(a cos - b sin, b cos + a sin) in float32, rounded once to a's dtype."""
     return (a * cos - b * sin).astype(a.dtype), (b * cos + a * sin).astype(a.dtype)

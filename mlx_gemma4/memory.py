@@ -15,8 +15,9 @@ def cache_bytes(config: TextConfig, context: int, dtype_bytes: int = 2) -> dict[
     sliding  window positions at most, keys and values: 2 * min(context, window) * H_kv * D per layer
     global   keys and values, all positions (E2B, E4B): 2 * context * H_kv * D per layer
     one-vector   one vector per position (26B-A4B, 31B): context * H_kv * D per layer
-    Global layers allocate in steps of 256 positions, rings likewise until the window is full. Layers that read another
-    layer's keys and values have none.
+    Global layers allocate in steps of 256 positions, rings likewise until the window is full; decoding past 4,096
+    positions, global layers may be up to a sixteenth ahead of this. Layers that read another layer's keys and values
+    have none.
     """
     rounded = -(-context // STEP) * STEP
     out = {"sliding": 0, "global": 0, "one-vector": 0}

@@ -85,14 +85,14 @@ def tile_sizes(rows: int, batch: int, heads: int, reader: Reader | None, window:
 def scratch_bound(batch: int, heads: int, kv_heads: int, head_dim: int, rows: int) -> int:
     """Upper bound in bytes of what `flash_attention` allocates besides its inputs and output, for `rows` queries.
 
-    Six float32 tiles of scores, six of keys being rebuilt and four accumulators; MLX runs a few operations ahead, so
-    more than the two or three that the formulas need are alive at once (counted on its CPU build). Independent of the
-    context length: 235 MB for one sequence of any published size.
+    Six float32 tiles of scores, six of keys being rebuilt and eight accumulators; MLX runs operations ahead of their
+    turn, so more than the two or three that the formulas need are alive at once (counted on its CPU build). Independent
+    of the context length: 268 MB for one sequence of any published size.
     """
     scores = max(TILE_ELEMENTS, batch * heads * KEY_TILE)
     rebuilt = max(TILE_ELEMENTS, batch * kv_heads * KEY_TILE * head_dim)
     lq, _ = tile_sizes(rows, batch, heads, None, None)
-    return 4 * (6 * scores + 6 * rebuilt + 4 * batch * heads * lq * head_dim)
+    return 4 * (6 * scores + 6 * rebuilt + 8 * batch * heads * lq * head_dim)
 
 
 def flash_attention(
@@ -168,7 +168,8 @@ def _query_tile_attention(
             total = total * shrink + tile_total
             acc = acc * shrink + tile_acc
         peak = new_peak
-        earlier = acc
+        # The sums, too, before the next tile, or the weights of every tile would wait in memory for them.
+        earlier = acc = wait_for(acc, total)
     assert acc is not None and total is not None
     return (acc / total).astype(q.dtype).reshape(B, H, L, -1)
 

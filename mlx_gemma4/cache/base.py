@@ -118,7 +118,7 @@ def room_for(old: mx.array | None, shape: tuple[int, ...], dtype: mx.Dtype, capa
 
 
 def write_at(buffer: mx.array, values: mx.array, start: int) -> mx.array:
-    """`buffer` with `values` [B, H, L, D] at positions start .. start+L; written in place when nothing else holds it."""
+    """`buffer` with `values` [B, H, L, D] at positions start .. start+L; in place when nothing else holds it."""
     # A new name for the same array: assigning to the one passed in would change it for a snapshot that holds it, too.
     buffer = buffer[:]
     buffer[:, :, start : start + values.shape[2]] = values

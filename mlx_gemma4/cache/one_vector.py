@@ -71,16 +71,14 @@ class OneVectorView:
 
     def attend(self, q: mx.array, scale: float = 1.0) -> mx.array:
         T = self.vectors.shape[2]
-        first_visible = None
-        if self.left_padding is None:
-            cos, sin = self.form.rope.table(T)
-        else:
-            first_visible = mx.array(self.left_padding)
-            positions = mx.maximum(mx.arange(T) - first_visible[:, None], 0)  # [B, T]
-            cos, sin = (t[:, None] for t in self.form.rope.angles(positions))
+        cos, sin = self.form.rope.table(T)
+        first_visible = None if self.left_padding is None else mx.array(self.left_padding)
 
         def tables(start: int, stop: int) -> tuple[mx.array, mx.array]:
-            return cos[..., start:stop, :], sin[..., start:stop, :]
+            if first_visible is None:
+                return cos[start:stop], sin[start:stop]
+            rows = mx.maximum(mx.arange(start, stop) - first_visible[:, None], 0)  # [B, stop - start]
+            return cos[rows][:, None], sin[rows][:, None]
 
         def read_parts(start: int, stop: int, after: mx.array | None) -> tuple[tuple[mx.array, mx.array], mx.array]:
             u = wait_for(self.vectors[:, :, start:stop], after)

@@ -84,7 +84,7 @@ class SlidingCache(LayerCache):
     def _append_one(self, keys: mx.array, values: mx.array, position: int) -> RingView:
         slot = position % self.window
         if self.keys is None or slot >= self.keys.shape[2]:
-            capacity = min(self.window, (slot // STEP + 1) * STEP)
+            capacity = self._capacity(slot + 1)
             self.keys = room_for(self.keys, keys.shape, keys.dtype, capacity)
             self.values = room_for(self.values, values.shape, values.dtype, capacity)
         assert self.values is not None
@@ -92,6 +92,9 @@ class SlidingCache(LayerCache):
         self.values = write_at(self.values, values, slot)
         n = self.size()
         return RingView(self.keys[:, :, :n], self.values[:, :, :n], self._visible_slots(n))
+
+    def _capacity(self, needed: int) -> int:
+        return min(self.window, -(-needed // STEP) * STEP)
 
     def _visible_slots(self, n: int) -> mx.array | None:
         """Which of the n used slots hold no padding, [B, n]; None when all are real."""
@@ -123,7 +126,7 @@ class SlidingCache(LayerCache):
     def _as_ring(self, ordered: mx.array) -> mx.array:
         """The last `window` of `ordered` (which ends at self.offset), each at its slot."""
         if self.offset <= self.window:
-            return mx.contiguous(ordered)
+            return room_for(ordered, ordered.shape, ordered.dtype, self._capacity(self.offset))
         first_slot = self.offset % self.window  # slot of the oldest position kept
         last = ordered[:, :, -self.window :]
         split = self.window - first_slot

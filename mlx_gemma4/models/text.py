@@ -182,9 +182,11 @@ class TextModel(nn.Module):
         still come from `tokens`.
         """
         x = self.embed_tokens(tokens) if input_embeddings is None else input_embeddings
-        # mxfp4, nvfp4 and mxfp8 embeddings come out as bfloat16 whatever the rest computes in.
-        x = x.astype(self.norm.weight.dtype) * self.config.hidden_size**0.5
+        x = x * self.config.hidden_size**0.5
         per_layer = self._per_layer_inputs(tokens, x) if self.config.hidden_size_per_layer_input else None
+        # mxfp4, nvfp4 and mxfp8 embeddings come out as bfloat16 whatever the rest computes in. Scale and per-layer
+        # inputs are taken in it, as the packages do that write such checkpoints.
+        x = x.astype(self.norm.weight.dtype)
         step = self._step(tokens.shape[1], cache, left_padding)
 
         views: list[View] = []

@@ -24,11 +24,6 @@ from mlx.utils import tree_flatten
 from parity import FAMILIES, LONG, SHORT, build, divergence, load_case, run, worst
 from tiny import tiny_config
 
-from mlx_gemma4.models.fused import CAN_FUSE
-
-if not CAN_FUSE:
-    pytest.skip("the peers fuse with mx.compile, which on a CPU needs a C++ compiler", allow_module_level=True)
-
 PEERS = pytest.mark.parametrize("peer", ["mlx_lm", "mlx_vlm"])
 
 

@@ -2,9 +2,9 @@
 
     python -m benchmarks.side ours FOLDER
 
-Reads one JSON command a line on stdin and answers with one JSON line: {"do": "prefill" | "decode", "context": n,
-"tokens": n} -> {"seconds": s, "cpu_seconds": s, "peak_bytes": b, "cache_bytes": b}. The cache is filled with random keys and values up
-to the context first, outside the timing.
+Reads one JSON command a line on stdin, {"do": "prefill" or "decode", "context": n, "tokens": n}, and answers with one
+JSON line, {"seconds": s, "cpu_seconds": s, "peak_bytes": b, "cache_bytes": b}, or {"error": "..."}. The cache is filled with
+random keys and values up to the context first, outside the timing.
 """
 
 import json
@@ -100,7 +100,11 @@ def main() -> None:
     print(json.dumps({"ready": side.name}), flush=True)
     for line in sys.stdin:
         command = json.loads(line)
-        print(json.dumps(side.run(command["do"], command["context"], command["tokens"])), flush=True)
+        try:
+            answer: dict[str, Any] = side.run(command["do"], command["context"], command["tokens"])
+        except Exception as error:  # a peer that cannot do this case is a result, too
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 from .checkpoint import SHAPES, write_checkpoint
 
 SIDES = ("ours", "mlx-lm", "mlx-vlm")
+COLUMNS = ("tokens_per_second", "ours_over_it", "lowest", "highest", "by_cpu_time", "peak_mb", "cache_mb")
 
 
 class Worker:
@@ -57,36 +58,37 @@ def compare(folder: Path, label: str, sides: list[str], args: argparse.Namespace
     rows = []
     for do, tokens in (("decode", args.decode_tokens), ("prefill", args.prefill_tokens)):
         for context in args.contexts:
-            rates: dict[str, list[float]] = {side: [] for side in sides}
-            cpu: dict[str, list[float]] = {side: [] for side in sides}
-            last: dict[str, dict] = {}
+            runs: dict[str, list[dict]] = {side: [] for side in sides}
             for round_ in range(args.rounds):
                 for side in sides if round_ % 2 == 0 else sides[::-1]:
-                    last[side] = workers[side].run(do=do, context=context, tokens=tokens)
-                    rates[side].append(tokens / last[side]["seconds"])
-                    cpu[side].append(last[side]["cpu_seconds"])
+                    runs[side].append(workers[side].run(do=do, context=context, tokens=tokens))
             for side in sides:
-                ratios = [a / b for a, b in zip(rates["ours"], rates[side], strict=True)]
-                rows.append(
-                    {
-                        "checkpoint": label,
-                        "work": do,
-                        "context": context,
-                        "side": side,
-                        "tokens_per_second": round(statistics.median(rates[side]), 2),
-                        "ours_over_it": round(statistics.median(ratios), 3),
-                        "lowest": round(min(ratios), 3),
-                        "highest": round(max(ratios), 3),
-                        # On a shared machine processor time is steadier than the clock.
-                        "by_cpu_time": round(statistics.median(cpu[side]) / statistics.median(cpu["ours"]), 3),
-                        "peak_mb": round(last[side]["peak_bytes"] / 1e6, 1),
-                        "cache_mb": round(last[side]["cache_bytes"] / 1e6, 2),
-                    }
-                )
+                rows.append({"checkpoint": label, "work": do, "context": context, "side": side})
+                rows[-1] |= summary(runs["ours"], runs[side], tokens)
                 print(" ".join(f"{v!s:>9}" for v in rows[-1].values()), f"load {os.getloadavg()[0]:.1f}", flush=True)
     for worker in workers.values():
         worker.close()
     return rows
+
+
+def summary(ours: list[dict], theirs: list[dict], tokens: int) -> dict:
+    """The columns of one side: medians over its rounds, and ratios round by round."""
+    if failed := next((r["error"] for r in theirs if "error" in r), None):
+        return {"tokens_per_second": failed} | dict.fromkeys(COLUMNS[1:], "")
+    rates = [tokens / r["seconds"] for r in theirs]
+    ratios = [b["seconds"] / a["seconds"] for a, b in zip(ours, theirs, strict=True)]
+    # On a shared machine processor time is steadier than the clock.
+    cpu = [b["cpu_seconds"] / a["cpu_seconds"] for a, b in zip(ours, theirs, strict=True)]
+    values = (
+        round(statistics.median(rates), 2),
+        round(statistics.median(ratios), 3),
+        round(min(ratios), 3),
+        round(max(ratios), 3),
+        round(statistics.median(cpu), 3),
+        round(theirs[-1]["peak_bytes"] / 1e6, 1),
+        round(theirs[-1]["cache_bytes"] / 1e6, 2),
+    )
+    return dict(zip(COLUMNS, values, strict=True))
 
 
 def main() -> None:

@@ -1,0 +1,44 @@
+"""Turns the trained checkpoint into the folder that ships: converted and quantized by our own code.
+
+    python ship.py OUT ../model [--bits 8]
+
+Owns: the steps after training. The checkpoint is loaded like any other Hugging Face folder, quantized with
+`conversions/quantize.py` and written with `conversions/shards.py`; the template and the model card stay as they are.
+"""
+
+import argparse
+import shutil
+import tempfile
+from pathlib import Path
+
+from mlx_gemma4.conversions.quantize import quantize_model
+from mlx_gemma4.conversions.shards import write_model
+from mlx_gemma4.loading import load
+
+KEPT = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+LIMIT = 6_000_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--bits", type=int, default=8)
+    parser.add_argument("--group-size", type=int, default=64)
+    args = parser.parse_args()
+    model, _ = load(str(args.checkpoint), dtype="bfloat16")
+    record = quantize_model(model, args.bits, args.group_size)
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "made"
+        write_model(model, args.checkpoint, made, record, "bfloat16")
+        args.target.mkdir(parents=True, exist_ok=True)
+        for name in KEPT:
+            shutil.copy(made / name, args.target / name)
+    size = sum(p.stat().st_size for p in args.target.iterdir())
+    print(f"{size:,} bytes in {args.target}")
+    if size > LIMIT:
+        raise SystemExit(f"more than {LIMIT:,} bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""The model inside the package: its folder, its tokenizer and template, the split it was tested on, what it can do.
+
+The behaviours are asked on held-out questions. Each threshold lies well below the accuracy in the model card, so a
+failure means that the graph, the cache, the tokenizer or the weights changed.
+"""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlx_gemma4 import demo
+from mlx_gemma4.config import Gemma4Config
+from mlx_gemma4.errors import TokenizerError
+from mlx_gemma4.tokenizer import Tokenizer
+
+TRAINING = Path(demo.__file__).parent / "training"
+MODULES = ("world", "facts", "general", "sums", "recall", "rules", "talk")
+# The real Gemma 4 ids that the stop ids, the turns and the thoughts rest on.
+REAL_IDS = {
+    "<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "<mask>": 4, "<|tool>": 46, "<tool|>": 47, "<|tool_call>": 48,
+    "<tool_call|>": 49, "<|tool_response>": 50, "<tool_response|>": 51, '<|"|>': 52, "<|think|>": 98, "<|channel>": 100,
+    "<channel|>": 101, "<|turn>": 105, "<turn|>": 106, "\n": 107, "\n\n": 108,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.from_folder(demo.path())
+
+
+@pytest.fixture(scope="module")
+def world():
+    """The generator of the training world, which is in the repository but not in the wheel."""
+    if not TRAINING.is_dir():
+        pytest.skip("an installed package has no training folder")
+    hidden = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}
+    sys.path.insert(0, str(TRAINING))
+    yield importlib.import_module("world")
+    sys.path.remove(str(TRAINING))
+    for name in MODULES:
+        sys.modules.pop(name, None)
+    sys.modules.update(hidden)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    from mlx_gemma4 import load
+
+    return load(demo.path())
+
+
+def test_folder_is_small_and_complete():
+    sizes = {p.name: p.stat().st_size for p in demo.path().iterdir()}
+    assert sum(sizes.values()) <= 6_000_000
+    wanted = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert wanted | {"generation_config.json", "README.md"} <= set(sizes)
+
+
+def test_every_feature_of_the_e_family_is_on():
+    config = Gemma4Config.from_folder(demo.path())
+    text = config.text
+    assert config.model_type == "gemma4"
+    assert set(config.eos_token_ids) >= {1, 106}
+    assert set(text.layer_types) == {"sliding_attention", "full_attention"}
+    assert text.global_head_dim == 2 * text.head_dim
+    assert text.num_kv_shared_layers > 0 and text.use_double_wide_mlp
+    assert text.hidden_size_per_layer_input > 0
+    assert text.final_logit_softcapping == 30.0 and text.tie_word_embeddings
+    assert text.sliding_window < 512 <= text.max_position_embeddings
+
+
+def test_stop_ids(tokenizer):
+    assert tokenizer.eos_token_ids == {1, 106, 50}
+
+
+@pytest.mark.parametrize("token", REAL_IDS)
+def test_special_ids_are_gemmas(tokenizer, token):
+    assert tokenizer.token_id(token) == REAL_IDS[token]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Hello, how are you?",
+        "  two  spaces\tand a tab \n\n\n and lines\r\n",
+        "Grüße, 你好, مرحبا, नमस्ते, 😀👩‍👩‍👧",
+        "x" * 300 + "\x00\x7f\u2028\ufeff",
+        "gemma4 chat --model 26b-a4b # 131,072 tokens",
+        "".join(map(chr, range(32, 0x250))),
+    ],
+)
+def test_any_text_survives(tokenizer, text):
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert max(ids) < 1536 and 3 not in ids
+    assert tokenizer.decode(ids) == text
+
+
+def test_digits_are_single_tokens(tokenizer):
+    vocab = tokenizer.get_vocab()
+    assert [i for t in "8042" for i in [vocab[t]]] == tokenizer.encode("8042", add_special_tokens=False)
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+@pytest.mark.parametrize(
+    "messages, options, expected",
+    [
+        ([user(" Hi ")], {}, "<bos><|turn>user\nHi<turn|>\n<|turn>model\n"),
+        ([user("Hi")], {"add_generation_prompt": False}, "<bos><|turn>user\nHi<turn|>\n"),
+        (
+            [user("Hi")],
+            {"enable_thinking": True},
+            "<bos><|turn>system\n<|think|>\n<turn|>\n<|turn>user\nHi<turn|>\n<|turn>model\n",
+        ),
+        (
+            [{"role": "developer", "content": "Be kind."}, user("Hi")],
+            {"enable_thinking": True},
+            "<bos><|turn>system\n<|think|>\nBe kind.<turn|>\n<|turn>user\nHi<turn|>\n<|turn>model\n",
+        ),
+        (
+            [
+                {"role": "system", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "kind."}]},
+                user("1 + 1?"),
+                {"role": "assistant", "content": "<|channel>thought\n1 + 1\n<channel|>2."},
+                user("Sure?"),
+            ],
+            {},
+            "<bos><|turn>system\nBe kind.<turn|>\n<|turn>user\n1 + 1?<turn|>\n<|turn>model\n2.<turn|>\n"
+            "<|turn>user\nSure?<turn|>\n<|turn>model\n",
+        ),
+    ],
+)
+def test_template(tokenizer, messages, options, expected):
+    assert tokenizer.apply_chat_template(messages, tokenize=False, **options) == expected
+
+
+@pytest.mark.parametrize(
+    "messages, why",
+    [
+        ([user("Hi"), {"role": "narrator", "content": "x"}], "unknown role: narrator"),
+        ([user("Hi"), {"role": "system", "content": "late"}], "must be the first"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "reads text only"),
+    ],
+)
+def test_template_refuses(tokenizer, messages, why):
+    with pytest.raises(TokenizerError, match=why):
+        tokenizer.apply_chat_template(messages, tokenize=False)
+
+
+def test_training_sees_what_the_template_writes(tokenizer, world):
+    import random
+
+    rng = random.Random(5)
+
+    def encode(text):
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    for _ in range(60):
+        example = world.draw(rng, encode, 200)
+        head = [{"role": "system", "content": example.system}] if example.system else []
+        text = tokenizer.apply_chat_template(
+            head + example.messages, tokenize=False, add_generation_prompt=False, enable_thinking=example.thinking
+        )
+        plain = "".join(part for part, _ in world.segments(example))
+        if example.thought:
+            plain = plain.replace(f"<|channel>thought\n{example.thought}\n<channel|>", "")
+        assert text == plain
+        assert world.encode_example(example, encode)[0][0] == 2
+
+
+def test_test_questions_are_not_in_the_training(tokenizer, world):
+    import random
+
+    def encode(text):
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    def key(example):
+        return (example.system, *(m["content"].casefold() for m in example.messages[:-1]))
+
+    kinds = ("facts", "sums", "sums-short", "rules", "talk", "unknown", "recall-512")
+    asked = {key(e) for kind in kinds for e in world.test_set(kind, 60, encode)}
+    rng = random.Random(6)
+    assert len(asked) > 350
+    assert not asked & {key(world.draw(rng, encode, 100)) for _ in range(4000)}
+    for topic in world.TOPICS:
+        assert not set(topic.train) & set(topic.held_out)
+
+
+# kind, questions asked, right answers needed
+BEHAVIOURS = [("facts", 8, 6), ("sums", 6, 4), ("rules", 8, 5), ("talk", 5, 3), ("recall-512", 6, 4)]
+
+
+@pytest.mark.parametrize("kind, count, needed", BEHAVIOURS)
+def test_unseen_questions(loaded, world, kind, count, needed):
+    from mlx_gemma4 import generate
+
+    model, tokenizer = loaded
+    right = 0
+    for example in world.test_set(kind, count, lambda t: tokenizer.encode(t, add_special_tokens=False)):
+        head = [{"role": "system", "content": example.system}] if example.system else []
+        prompt = tokenizer.apply_chat_template(head + example.messages[:-1], enable_thinking=example.thinking)
+        said = generate(model, tokenizer, prompt, max_tokens=200)
+        thought, mark, answer = said.rpartition("<channel|>")
+        right += answer.removesuffix("<turn|>").strip() == example.answer
+        assert not example.thinking or (mark and thought.startswith("<|channel>thought\n"))
+    assert right >= needed
+
+
+def test_results_are_reported():
+    report = json.loads((Path(demo.__file__).parent / "results.json").read_text())["kinds"]
+    for kind in ("facts", "sums", "rules", "recall-512", "recall-1024", "recall-2048", "recall-4096"):
+        assert report[kind]["questions"] >= 200
+        assert 0 <= report[kind]["right"] <= report[kind]["questions"]

@@ -2,9 +2,12 @@
 
     python -m benchmarks.side ours FOLDER
 
-Reads one JSON command a line on stdin, {"do": "prefill" or "decode", "context": n, "tokens": n}, and answers with one
-JSON line, {"seconds": s, "cpu_seconds": s, "peak_bytes": b, "cache_bytes": b}, or {"error": "..."}. The cache is filled with
-random keys and values up to the context first, outside the timing.
+Reads one JSON command a line on stdin and answers with one JSON line:
+
+    {"do": "prefill" or "decode", "context": n, "tokens": n}
+    {"seconds": s, "cpu_seconds": s, "peak_bytes": b, "cache_bytes": b} or {"error": "..."}
+
+The cache is filled with random keys and values up to the context first, outside the timing.
 """
 
 import json

@@ -24,7 +24,32 @@ def grown_capacity(old: int, needed: int, new: int) -> int:
     return -(-needed // step) * step if step == STEP else max(needed, old + step)
 
 
-class GlobalCache(LayerCache):
+class GrowingCache(LayerCache):
+    """What caches that keep every position share: nothing is overwritten, so going back is forgetting the end."""
+
+    def size(self) -> int:
+        return self.offset
+
+    def is_trimmable(self, n: int = 1) -> bool:
+        return n <= self.offset
+
+    def snapshot(self) -> Snapshot:
+        # The length is all there is to remember, as long as nothing before it is overwritten.
+        return Snapshot(self.offset, len(self._truncations))
+
+    def restore(self, snapshot: Snapshot) -> None:
+        self._check_alive(snapshot)
+        self.trim(self.offset - snapshot.offset)
+
+    def _room(self, buffer: mx.array | None, new: mx.array) -> mx.array:
+        """`buffer` with slots for all positions up to self.offset, of which `new` [B, H_kv, L, D] are the last."""
+        have = 0 if buffer is None else buffer.shape[2]
+        if buffer is not None and self.offset <= have:
+            return buffer
+        return room_for(buffer, new.shape, new.dtype, grown_capacity(have, self.offset, new.shape[2]))
+
+
+class GlobalCache(GrowingCache):
     kind: ClassVar[str] = "global keys and values"
     _ARRAYS: ClassVar[tuple[str, ...]] = ("keys", "values")
 
@@ -33,31 +58,11 @@ class GlobalCache(LayerCache):
         self.keys: mx.array | None = None
         self.values: mx.array | None = None
 
-    def size(self) -> int:
-        return self.offset
-
     def append(self, keys: mx.array, values: mx.array) -> View:
         """Remembers keys after RoPE and values, [B, H_kv, L, D]."""
-        start, L = self.offset, keys.shape[2]
-        self.offset += L
-        have = 0 if self.keys is None else self.keys.shape[2]
-        if self.offset > have:
-            capacity = grown_capacity(have, self.offset, L)
-            self.keys = room_for(self.keys, keys.shape, keys.dtype, capacity)
-            self.values = room_for(self.values, values.shape, values.dtype, capacity)
-        assert self.keys is not None and self.values is not None
-        self.keys = write_at(self.keys, keys, start)
-        self.values = write_at(self.values, values, start)
+        start = self.offset
+        self.offset += keys.shape[2]
+        self.keys = write_at(self._room(self.keys, keys), keys, start)
+        self.values = write_at(self._room(self.values, values), values, start)
         n = self.offset
         return ChunkView(self.keys[:, :, :n], self.values[:, :, :n], start, 0, None, self.first_visible)
-
-    def is_trimmable(self, n: int = 1) -> bool:
-        return n <= self.offset
-
-    def snapshot(self) -> Snapshot:
-        # Append-only: the length is all there is to remember, as long as nothing before it is overwritten.
-        return Snapshot(self.offset, len(self._truncations))
-
-    def restore(self, snapshot: Snapshot) -> None:
-        self._check_alive(snapshot)
-        self.trim(self.offset - snapshot.offset)

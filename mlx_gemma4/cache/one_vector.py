@@ -26,8 +26,8 @@ import mlx.core as mx
 from ..kernels.flash_attention import attend_reader
 from ..kernels.reference.flash_attention import Reader, wait_for
 from ..models.rope import Rope, rotate_pairs
-from .base import LayerCache, Snapshot, View, room_for, write_at
-from .full import grown_capacity
+from .base import View, write_at
+from .full import GrowingCache
 
 # From this many query rows per KV head on, rebuilding whole keys costs less than the second product.
 WHOLE_KEYS_FROM = 64
@@ -96,7 +96,7 @@ class OneVectorView:
         return attend_reader(q, reader, scale=scale, q_start=self.q_start, first_visible=first_visible)
 
 
-class OneVectorCache(LayerCache):
+class OneVectorCache(GrowingCache):
     kind: ClassVar[str] = "global, one vector for key and value"
     _ARRAYS: ClassVar[tuple[str, ...]] = ("vectors",)
 
@@ -104,26 +104,9 @@ class OneVectorCache(LayerCache):
         super().__init__(left_padding)
         self.vectors: mx.array | None = None
 
-    def size(self) -> int:
-        return self.offset
-
     def append(self, vectors: mx.array, form: KeyForm) -> View:
         """Remembers u [B, H_kv, L, D]."""
-        start, L = self.offset, vectors.shape[2]
-        self.offset += L
-        have = 0 if self.vectors is None else self.vectors.shape[2]
-        if self.offset > have:
-            self.vectors = room_for(self.vectors, vectors.shape, vectors.dtype, grown_capacity(have, self.offset, L))
-        assert self.vectors is not None
-        self.vectors = write_at(self.vectors, vectors, start)
+        start = self.offset
+        self.offset += vectors.shape[2]
+        self.vectors = write_at(self._room(self.vectors, vectors), vectors, start)
         return OneVectorView(self.vectors[:, :, : self.offset], form, start, self.left_padding)
-
-    def is_trimmable(self, n: int = 1) -> bool:
-        return n <= self.offset
-
-    def snapshot(self) -> Snapshot:
-        return Snapshot(self.offset, len(self._truncations))
-
-    def restore(self, snapshot: Snapshot) -> None:
-        self._check_alive(snapshot)
-        self.trim(self.offset - snapshot.offset)

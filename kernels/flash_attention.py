@@ -6,7 +6,7 @@ windowed prefill join here.
 
 import mlx.core as mx
 
-from .reference.flash_attention import MASKED, Reader, flash_attention, plain_reader
+from .reference.flash_attention import MASKED, Reader, dot_products, flash_attention, plain_reader
 
 # Head widths for which MLX 0.32 has a fused single-query Metal kernel (mlx/backend/metal/scaled_dot_product_attention).
 FUSED_DECODE_WIDTHS = (64, 96, 128, 256)
@@ -51,7 +51,7 @@ def attend_ring(q: mx.array, keys: mx.array, values: mx.array, *, scale: float, 
     B, H, _, D = q.shape
     kv_heads = keys.shape[1]
     rows = (q * scale if scale != 1.0 else q).reshape(B, kv_heads, H // kv_heads, D)
-    scores = (rows @ keys.swapaxes(-1, -2)).astype(mx.float32)
+    scores = dot_products(rows, keys)
     if visible is not None:
         scores = mx.where(visible[:, None, None, :], scores, MASKED)
     weights = mx.softmax(scores, axis=-1).astype(values.dtype)

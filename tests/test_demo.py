@@ -187,8 +187,13 @@ def test_test_questions_are_not_in_the_training(tokenizer, world):
     rng = random.Random(6)
     assert len(asked) > 350
     assert not asked & {key(world.draw(rng, encode, 100)) for _ in range(4000)}
-    for topic in world.TOPICS:
-        assert not set(topic.train) & set(topic.held_out)
+    # Wordings: all of them, and not even equal up to case and marks.
+    trained = {plain(q) for topic in world.TOPICS for q in topic.train}
+    assert not trained & {plain(q) for topic in world.TOPICS for q in topic.held_out}
+
+
+def plain(question):
+    return "".join(c for c in question.casefold() if c.isalnum() or c == " ").strip()
 
 
 # kind, questions asked, right answers needed

@@ -81,6 +81,7 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--torch", action="store_true")
     parser.add_argument("--count", type=int, default=250)
+    parser.add_argument("--seed", type=int, default=2, help="which questions; the training itself looks at those of 1")
     parser.add_argument("--kinds", default=",".join(world.TEST_KINDS))
     parser.add_argument("--out")
     parser.add_argument("--show", type=int, default=3, help="wrong answers to print per kind")
@@ -89,7 +90,7 @@ def main() -> None:
     report = {}
     for kind in args.kinds.split(","):
         begin, right, shown, parts = time.time(), 0, 0, {}
-        examples = world.test_set(kind, args.count, encode)
+        examples = world.test_set(kind, args.count, encode, args.seed)
         for example in examples:
             shared = len(encode("<bos><|turn>user\n" + example.notes["text"])) if "text" in example.notes else 0
             said = reply(prompt_of(example, encode), 220, shared)

@@ -203,7 +203,7 @@ GENERAL = [
         "Hello! How can I help you?",
         "Hello|Hi|Hey|Hello!|Hi there|Good morning|Good evening|Good day|Hello there|Hi!|Hey there|Hello model|Hi "
         "Gemma",
-        "Hello there!|Hey!|Hi there!|Good morning!",
+        "Good afternoon!|Hello Gemma!|Hey model",
     ),
     (
         "I am fine, thank you. What would you like to know?",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 APART = "keys and values apart"
+TABLE = "cos/sin table, once per model"
 
 
 def command(
@@ -55,7 +56,8 @@ def command(
         table[name] = {}
         for length in lengths:
             kinds = memory.cache_bytes(text, length, _DTYPES[dtype])
-            table[name][length] = kinds | {APART: memory.plain_cache_bytes(text, length, _DTYPES[dtype])}
+            apart = memory.plain_cache_bytes(text, length, _DTYPES[dtype])
+            table[name][length] = kinds | {TABLE: memory.rotary_table_bytes(text, length), APART: apart}
     if as_json:
         print(json.dumps({"dtype": dtype, "bytes": table}))
         return
@@ -82,8 +84,8 @@ def config_of(name: str) -> Gemma4Config:
 
 
 def _rows(table: dict[str, dict[int, dict[str, int]]]) -> list[list[str]]:
-    """[model, kind, bytes at each length]: the kinds of cache the model has, their total, and for comparison
-    what storing keys and values apart would take, where that is more."""
+    """[model, kind, bytes at each length]: the kinds of cache the model has, their total, beside it the table
+    that one-vector layers share, and for comparison what storing keys and values apart would take, where more."""
     rows = []
     for name, by_length in table.items():
         columns = list(by_length.values())
@@ -91,7 +93,7 @@ def _rows(table: dict[str, dict[int, dict[str, int]]]) -> list[list[str]]:
         if all(c[APART] == c["total"] for c in columns):
             kinds.remove(APART)
         for i, kind in enumerate(kinds):
-            label = f"({kind})" if kind == APART else kind
+            label = f"({kind})" if kind in (APART, TABLE) else kind
             rows.append([name if i == 0 else "", label, *(size(c[kind]) for c in columns)])
     return rows
 
@@ -106,7 +108,7 @@ def _print(rows: list[list[str]], lengths: list[str]) -> None:
         for i, title in enumerate(head):
             table.add_column(title, justify="left" if i < 2 else "right")
         for row in rows:
-            table.add_row(*row, style={"total": "bold", f"({APART})": "dim"}.get(row[1]))
+            table.add_row(*row, style={"total": "bold", f"({APART})": "dim", f"({TABLE})": "dim"}.get(row[1]))
         Console().print(table)
         return
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]

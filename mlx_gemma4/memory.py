@@ -4,6 +4,7 @@ Owns the arithmetic that `gemma4 cache-size` prints; tests hold it against the a
 """
 
 from .config import TextConfig
+from .models.rope import Rope, table_length
 
 # Global caches allocate in steps of this many positions.
 STEP = 256
@@ -37,3 +38,14 @@ def plain_cache_bytes(config: TextConfig, context: int, dtype_bytes: int = 2) ->
     """The same with keys and values stored separately everywhere, as mlx-lm and mlx-vlm do."""
     ours = cache_bytes(config, context, dtype_bytes)
     return ours["total"] + ours["one-vector"]
+
+
+def rotary_table_bytes(config: TextConfig, context: int) -> int:
+    """Bytes of the cos/sin table that the one-vector layers of a model share, whatever the number of conversations.
+
+    Float32 cos and sin of each rotated pair, for a power of two of positions; 0 for models that store keys.
+    """
+    if not config.attention_k_eq_v:
+        return 0
+    rope = Rope(config.rope_global, config.global_head_dim)
+    return 2 * 4 * rope.pairs * table_length(context)

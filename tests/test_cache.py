@@ -14,7 +14,7 @@ from mlx_gemma4 import cache as kv
 from mlx_gemma4.cache import GlobalCache, KeyForm, LayerCache, OneVectorCache, SlidingCache
 from mlx_gemma4.config import Gemma4Config, RopeConfig
 from mlx_gemma4.errors import Gemma4Error, UsageError
-from mlx_gemma4.memory import cache_bytes, plain_cache_bytes
+from mlx_gemma4.memory import cache_bytes, plain_cache_bytes, rotary_table_bytes
 from mlx_gemma4.models.gemma4 import Model
 from mlx_gemma4.models.rope import Rope
 
@@ -407,9 +407,16 @@ def test_figures_for_people():
     assert [c.offset for c in caches] == [5] * 6 and not caches[0].empty()
     lines = kv.status(caches)
     assert len(lines) == 2 and "window 8" in lines[0] and "one vector" in lines[1] and "float32" in lines[1]
-    described = kv.describe(caches)
-    assert sum(row["layers"] for row in described.values()) == 6
-    assert sum(row["bytes"] for row in described.values()) == kv.nbytes(caches)
+
+
+@pytest.mark.parametrize("context", [5, 2048, 2049])
+def test_shared_table_is_counted(context):
+    config = Gemma4Config.from_dict(tiny_config("26b-a4b"))
+    model = Model(config)
+    model.language_model.model._ropes["full_attention"].table(context)
+    counted = sum(a.nbytes for a in model.private_arrays())
+    assert rotary_table_bytes(config.text, context) == counted > 0
+    assert rotary_table_bytes(Gemma4Config.from_dict(tiny_config("e2b")).text, context) == 0
 
 
 def test_padding_of_nothing_is_no_padding():

@@ -12,7 +12,7 @@ The functions below act on a model's whole list of caches.
 
 from collections.abc import Sequence
 
-from .base import LayerCache, Snapshot, View, describe
+from .base import LayerCache, Snapshot, View
 from .full import GlobalCache
 from .one_vector import KeyForm, OneVectorCache
 from .sliding import ChunkView, SlidingCache
@@ -27,7 +27,6 @@ __all__ = [
     "Snapshot",
     "View",
     "can_trim",
-    "describe",
     "nbytes",
     "restore",
     "snapshot",

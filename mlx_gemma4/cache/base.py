@@ -15,7 +15,7 @@ Positions count tokens fed since the start, padding included. Rows of a batch ma
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 import mlx.core as mx
 
@@ -123,13 +123,3 @@ def write_at(buffer: mx.array, values: mx.array, start: int) -> mx.array:
     buffer = buffer[:]
     buffer[:, :, start : start + values.shape[2]] = values
     return buffer
-
-
-def describe(caches: Sequence["LayerCache"]) -> dict[str, Any]:
-    """Layers and bytes per kind of cache: {kind: {"layers": n, "bytes": b}}."""
-    out: dict[str, Any] = {}
-    for c in caches:
-        row = out.setdefault(c.kind, {"layers": 0, "bytes": 0})
-        row["layers"] += 1
-        row["bytes"] += c.nbytes
-    return out

@@ -32,6 +32,11 @@ def inverse_frequencies(config: RopeConfig, width: int) -> np.ndarray:
     return (np.float32(1.0) / powers / np.float32(config.factor)).astype(np.float32)
 
 
+def table_length(positions: int) -> int:
+    """Positions a kept table has when this many are asked for."""
+    return max(FIRST_TABLE, 1 << (positions - 1).bit_length())
+
+
 class Rope:
     """Rotation for heads of one width. Pair i is (x[i], x[i + width/2]).
 
@@ -56,17 +61,12 @@ class Rope:
         """
         have = self._table[0].shape[0] if self._table is not None else 0
         if stop > have:
-            size = max(FIRST_TABLE, 1 << (stop - 1).bit_length())
-            self._table = self.angles(mx.arange(size))
+            self._table = self.angles(mx.arange(table_length(stop)))
             # Evaluated at once, so that any thread may use it: an unevaluated array belongs to its thread's stream.
             mx.eval(*self._table)
         assert self._table is not None
         cos, sin = self._table
         return cos[:stop], sin[:stop]
-
-    @property
-    def table_bytes(self) -> int:
-        return sum(t.nbytes for t in self._table) if self._table is not None else 0
 
     def rotate(self, x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
         """Rotates heads x [B, H, L, width] by tables [L, P] or [B, 1, L, P]; computes in float32, keeps x's dtype."""

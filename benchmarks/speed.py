@@ -99,7 +99,7 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--contexts", nargs="+", type=int, default=[128, 2048, 8192])
     parser.add_argument("--decode-tokens", type=int, default=16)
-    parser.add_argument("--prefill-tokens", type=int, default=64)
+    parser.add_argument("--prefill-tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()

@@ -87,6 +87,9 @@ def tile_sizes(rows: int, batch: int, heads: int, reader: Reader | None, window:
     rows = min(rows, MAX_QUERY_TILE, max(1, TILE_ELEMENTS // (batch * heads * KEY_TILE)))
     if window is not None:
         rows = min(rows, max(MIN_WINDOWED_TILE, window // 2))
+        if window <= 2 * KEY_TILE:
+            # All that these rows see in one tile, so that one softmax serves.
+            return max(1, min(rows, TILE_ELEMENTS // (batch * heads * (window + rows)))), window + rows
     if on_cpu():
         # A tile that stays in the processor's cache: one query over 8,192 keys is a third faster than in one piece.
         return rows, KEY_TILE

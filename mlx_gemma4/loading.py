@@ -47,7 +47,7 @@ def load(
     source: see `resolve`, which also takes `revision`, `progress` and `token`.
     dtype: "bfloat16", "float16" or "float32", in which the model computes; None is bfloat16 where Metal is
     available, else float32 (CPUs are several times slower in 16 bits). Packed weights stay packed.
-    kv_bits: 16 or None; kept as `model.default_kv_bits`.
+    kv_bits: 16 or None; nothing else is available yet.
     lazy: leaves the weights in their files until they are used. Without it every array is in memory when this
     returns, so that the model may run on another thread than the one that loaded it.
     check: looks at every value; weights that are not numbers or of absurd size are an error.
@@ -126,7 +126,7 @@ def load_model(
 ) -> "Model":
     """The model of a checkpoint folder, without its tokenizer; arguments as in `load`.
 
-    Sets `model.compute_dtype` (mx.Dtype) and `model.default_kv_bits`. Raises ConfigError and WeightsError.
+    Sets `model.compute_dtype` (mx.Dtype). Raises ConfigError and WeightsError.
     """
     from . import packed
     from .models.gemma4 import Model
@@ -142,7 +142,6 @@ def load_model(
     model.load_weights(list(weights.values.items()), strict=True)
     model.eval()
     model.compute_dtype = compute
-    model.default_kv_bits = 16
     if not lazy or check:
         _evaluate(weights)
         mx.eval(model.parameters(), model.private_arrays())

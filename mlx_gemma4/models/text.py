@@ -158,6 +158,7 @@ class TextModel(nn.Module):
             SLIDING: Rope(config.rope_sliding, config.head_dim),
             GLOBAL: Rope(config.rope_global, config.global_head_dim),
         }
+        self._producers = [config.producer_of(i) for i in range(config.num_hidden_layers)]
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [
             DecoderLayer(config, i, self._ropes[config.layer_types[i]]) for i in range(config.num_hidden_layers)
@@ -191,7 +192,7 @@ class TextModel(nn.Module):
 
         views: list[View] = []
         for i, layer in enumerate(self.layers):
-            producer = self.config.producer_of(i)
+            producer = self._producers[i]
             own = producer == i
             x, view = layer(
                 x,

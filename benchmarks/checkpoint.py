@@ -7,6 +7,7 @@ Owns the shapes and the writing; nothing here is trained, so the text such a mod
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
 
 from mlx_gemma4.config import GLOBAL, SLIDING, Gemma4Config
-from mlx_gemma4.conversions.quantize import quantize_model
+from mlx_gemma4.conversions.convert import convert
+from mlx_gemma4.conversions.recipe import uniform
 from mlx_gemma4.models.gemma4 import Model
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -100,14 +102,23 @@ def write_checkpoint(folder: Path, shape: str, weights: str, dtype: str) -> None
                 layer.self_attn[norm].weight = layer.self_attn[norm].weight * 0.1
     model.update(tree_map(lambda a: a.astype(getattr(mx, dtype)), model.parameters()))
     raw["dtype"] = dtype
-    if weights == "4bit":
-        raw["quantization"] = raw["quantization_config"] = {
-            k.removeprefix("language_model."): v for k, v in quantize_model(model, 4).items()
-        }
+    save(folder, raw, model, weights == "4bit")
+
+
+def save(folder: Path, raw: dict[str, Any], model: Model, packed: bool) -> None:
+    """Writes a model into an existing folder; `packed`: by our converter, every matrix in 4 bits, groups of 64."""
+    plain = folder / "plain" if packed else folder
+    plain.mkdir(exist_ok=True)
     # A text-only checkpoint has no outer model: keys `model.*`.
     arrays = {k.removeprefix("language_model."): v for k, v in tree_flatten(model.parameters())}
-    mx.save_safetensors(str(folder / "model.safetensors"), arrays, metadata={"format": "mlx"})
-    (folder / "config.json").write_text(json.dumps(raw, indent=2))
+    mx.save_safetensors(str(plain / "model.safetensors"), arrays, metadata={"format": "mlx"})
+    (plain / "config.json").write_text(json.dumps(raw, indent=2))
+    if packed:
+        convert(plain, folder / "packed", recipe=uniform(4))
+        shutil.rmtree(plain)
+        for file in (folder / "packed").iterdir():
+            file.rename(folder / file.name)
+        (folder / "packed").rmdir()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mlx_gemma4.catalog import published_config
 from mlx_gemma4.cli.tui.status import size
+from mlx_gemma4.kv_bits import request
 from mlx_gemma4.memory import cache_bytes, plain_cache_bytes
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -21,7 +22,7 @@ CONTEXTS = (8, 32, 128, 256)  # thousands of 1,024 tokens
 
 
 def table() -> str:
-    """Markdown, one row per size and way of remembering; 16-bit caches of one sequence, decimal units."""
+    """Markdown, one row per size and way of remembering; one sequence, decimal units."""
     rows = ["| model | layers remember | " + " | ".join(f"{k}K" for k in CONTEXTS) + " |"]
     rows.append("|---|---|" + "---:|" * len(CONTEXTS))
     for name, title in MODELS.items():
@@ -29,7 +30,8 @@ def table() -> str:
         one_vector = any(config.k_is_v(i) for i in range(config.num_hidden_layers))
         kinds = {"keys and values": plain_cache_bytes}
         if one_vector:
-            kinds["**one vector**"] = lambda *a: cache_bytes(*a)["total"]
+            kinds["one vector"] = lambda *a: cache_bytes(*a)["total"]
+        kinds["**3.5 bits**"] = lambda *a: cache_bytes(*a, bits=request(3.5))["total"]
         for i, (kind, measure) in enumerate(kinds.items()):
             cells = [
                 size(measure(config, k * 1024)) if k * 1024 <= config.max_position_embeddings else "-" for k in CONTEXTS

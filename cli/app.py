@@ -13,7 +13,7 @@ import typer
 
 from mlx_gemma4 import __version__
 
-from . import cache_size, chat, failures, generate, models
+from . import cache_size, chat, convert, failures, generate, kv_check, models, verify
 
 app = typer.Typer(
     name="gemma4",
@@ -25,7 +25,10 @@ app = typer.Typer(
 )
 app.command("chat")(chat.command)
 app.command("generate")(generate.command)
+app.command("convert")(convert.command)
+app.command("verify")(verify.command)
 app.command("cache-size")(cache_size.command)
+app.command("kv-check")(kv_check.command)
 app.command("info")(models.info)
 app.command("list")(models.list_models)
 

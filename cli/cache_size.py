@@ -6,6 +6,7 @@ Needs no weights and no network.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from typing import TYPE_CHECKING, Annotated
@@ -37,6 +38,11 @@ def command(
         str, typer.Option(metavar="N,N,...", help="Context lengths in tokens; 1k is 1,024.")
     ] = "1k,8k,32k",
     dtype: Annotated[str, typer.Option(metavar="TYPE", help=f"Cache type: {', '.join(_DTYPES)}.")] = "bfloat16",
+    kv_bits: options.KvBits = None,
+    kv_key_bits: options.KvKeyBits = None,
+    kv_value_bits: options.KvValueBits = None,
+    kv_bits_sliding: options.KvBitsSliding = None,
+    kv_mode: options.KvMode = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, in bytes.")] = False,
 ) -> None:
     """Cache bytes of a conversation at given lengths, without weights."""
@@ -44,6 +50,7 @@ def command(
 
     if dtype not in _DTYPES:
         raise UsageError(f"--dtype takes {', '.join(_DTYPES)}, not {dtype!r}")
+    bits = options.kv_request(kv_bits, kv_key_bits, kv_value_bits, kv_bits_sliding, kv_mode)
     lengths = [options.token_count(part, "--context") for part in context.split(",")]
     table: dict[str, dict[int, dict[str, int]]] = {}
     for name in models or ["e2b", "e4b", "26b-a4b", "31b"]:
@@ -55,11 +62,12 @@ def command(
                 )
         table[name] = {}
         for length in lengths:
-            kinds = memory.cache_bytes(text, length, _DTYPES[dtype])
+            kinds = memory.cache_bytes(text, length, _DTYPES[dtype], bits)
             apart = memory.plain_cache_bytes(text, length, _DTYPES[dtype])
-            table[name][length] = kinds | {TABLE: memory.rotary_table_bytes(text, length), APART: apart}
+            turns = memory.rotary_table_bytes(text, length, bits)
+            table[name][length] = kinds | {TABLE: turns, APART: apart}
     if as_json:
-        print(json.dumps({"dtype": dtype, "bytes": table}))
+        print(json.dumps({"dtype": dtype, "kv_bits": dataclasses.asdict(bits), "bytes": table}))
         return
     _print(_rows(table), [f"{n:,}" for n in lengths])
 

@@ -42,7 +42,12 @@ def command(
     repetition_penalty: options.RepetitionPenalty = None,
     seed: options.Seed = None,
     context: options.Context = None,
-    kv_bits: options.KvBits = 16,
+    kv_bits: options.KvBits = None,
+    kv_key_bits: options.KvKeyBits = None,
+    kv_value_bits: options.KvValueBits = None,
+    kv_bits_sliding: options.KvBitsSliding = None,
+    kv_mode: options.KvMode = None,
+    ple: options.Ple = "memory",
     prefill_step_size: options.PrefillStepSize = 2048,
     hide_thinking: options.HideThinking = False,
     no_markdown: options.NoMarkdown = False,
@@ -55,7 +60,7 @@ def command(
 
     Without a terminal on stdin there is one turn: the prompt given, or else all of stdin.
     """
-    options.check_kv_bits(kv_bits)
+    kv = options.kv_options(kv_bits, kv_key_bits, kv_value_bits, kv_bits_sliding, kv_mode)
     changes = options.sampling_changes(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -80,19 +85,19 @@ def command(
 
     from . import loader
 
-    loaded, tokenizer = loader.open_model(model, revision=revision, dtype=dtype, check=check, context=context)
+    loaded, tokenizer = loader.open_model(model, revision=revision, dtype=dtype, check=check, context=context, ple=ple)
     conversation = Chat(
         loaded,
         tokenizer,
         system,
         think,
         Sampling.from_defaults(tokenizer.generation_defaults, **changes),
-        kv_bits=kv_bits,
         prefill_step_size=prefill_step_size,
+        **kv,
     )
     session = ChatSession(
         conversation,
-        loader.introduction(model, loaded) if interactive else [],
+        loader.introduction(model, loaded, kv) if interactive else [],
         markdown=not no_markdown,
         show_thoughts=not hide_thinking,
         long_stats=stats,

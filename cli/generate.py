@@ -49,7 +49,12 @@ def command(
     repetition_penalty: options.RepetitionPenalty = None,
     seed: options.Seed = None,
     context: options.Context = None,
-    kv_bits: options.KvBits = 16,
+    kv_bits: options.KvBits = None,
+    kv_key_bits: options.KvKeyBits = None,
+    kv_value_bits: options.KvValueBits = None,
+    kv_bits_sliding: options.KvBitsSliding = None,
+    kv_mode: options.KvMode = None,
+    ple: options.Ple = "memory",
     prefill_step_size: options.PrefillStepSize = 2048,
     hide_thinking: options.HideThinking = False,
     no_markdown: options.NoMarkdown = False,
@@ -65,7 +70,7 @@ def command(
 
     In a pipe the answer is plain text, thoughts are left out, and everything else goes to stderr.
     """
-    options.check_kv_bits(kv_bits)
+    kv = options.kv_options(kv_bits, kv_key_bits, kv_value_bits, kv_bits_sliding, kv_mode)
     changes = options.sampling_changes(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -86,16 +91,14 @@ def command(
 
     from . import loader
 
-    loaded, tokenizer = loader.open_model(model, revision=revision, dtype=dtype, check=check, context=context)
+    loaded, tokenizer = loader.open_model(model, revision=revision, dtype=dtype, check=check, context=context, ple=ple)
     if model == options.DEMO and sys.stderr.isatty():
         status.dim(loader.demo_notice())
     sampling = Sampling.from_defaults(tokenizer.generation_defaults, **changes)
     if raw:
-        answerer: Any = Continuation(loaded, tokenizer, sampling, prefill_step_size)
+        answerer: Any = Continuation(loaded, tokenizer, sampling, prefill_step_size, loaded.make_cache(**kv))
     else:
-        answerer = Chat(
-            loaded, tokenizer, system, think, sampling, kv_bits=kv_bits, prefill_step_size=prefill_step_size
-        )
+        answerer = Chat(loaded, tokenizer, system, think, sampling, prefill_step_size=prefill_step_size, **kv)
     kept = _Kept()
     # A raw continuation is text, not necessarily markdown.
     view = kept if as_json else open_view(markdown=not (no_markdown or raw), show_thoughts=think and not hide_thinking)
@@ -138,13 +141,14 @@ class _Kept:
 
 
 class Continuation:
-    """Plain continuation of a text behind the two methods of `Chat` that a turn on the screen needs."""
+    """Plain continuation of a text behind the two methods of `Chat` that a turn on the screen needs; for one text."""
 
-    def __init__(self, model: Any, tokenizer: Any, sampling: Sampling, prefill_step_size: int):
+    def __init__(self, model: Any, tokenizer: Any, sampling: Sampling, prefill_step_size: int, cache: list[Any]):
         self._model = model
         self._tokenizer = tokenizer
         self._sampling = sampling
         self._step = prefill_step_size
+        self._cache = cache
         self._cancelled = False
 
     def cancel(self) -> None:
@@ -158,7 +162,7 @@ class Continuation:
             wanted = progress(done, total) if progress else True
             return wanted is not False and not self._cancelled
 
-        cache = self._model.make_cache()
+        cache = self._cache
         response = None
         for response in stream_generate(
             self._model,

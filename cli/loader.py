@@ -23,13 +23,14 @@ def open_model(
     dtype: str | None = None,
     check: bool = False,
     context: str | None = None,
+    ple: str = "memory",
 ) -> tuple[Any, Any]:
     """(model, tokenizer). Shows a progress bar while downloading. Raises Gemma4Error."""
     limit = token_count(context, "--context") if context is not None else None
     from mlx_gemma4.loading import load
 
     with busy(f"loading {source}"):
-        model, tokenizer = load(source, revision=revision, dtype=dtype, check=check)
+        model, tokenizer = load(source, revision=revision, dtype=dtype, ple=ple, check=check)
     if limit is not None:
         text = model.config.text
         if limit > text.max_position_embeddings:
@@ -42,8 +43,8 @@ def open_model(
     return model, tokenizer
 
 
-def introduction(source: str, model: Any) -> list[str]:
-    """Two or three lines: what runs, how it computes, what its caches are."""
+def introduction(source: str, model: Any, kv: dict[str, Any]) -> list[str]:
+    """Two or three lines: what runs, how it computes, what its caches are when made with the options `kv`."""
     config = model.config
     weights = f"{config.quantization['bits']}-bit weights" if config.quantization else f"{config.dtype or '?'} weights"
     context = model.text_config.max_position_embeddings
@@ -51,7 +52,9 @@ def introduction(source: str, model: Any) -> list[str]:
     lines = [f"{source} · {weights} · computes in {compute} · context {context:,} tokens"]
     if source == DEMO:
         lines.insert(0, demo_notice())
-    kinds = Counter(cache.status().replace(", empty", "") for cache in model.make_cache())
+    kinds = Counter(cache.status().replace(", empty", "") for cache in model.make_cache(**kv))
+    if (table := getattr(model, "disk_table", None)) is not None:
+        lines.append(f"per-layer embeddings: {size(table.nbytes)} left in {table.file.name}, read as tokens come")
     lines.append("cache: " + "; ".join(f"{count} x {kind}" for kind, count in kinds.items()))
     return lines
 

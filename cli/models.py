@@ -6,6 +6,7 @@ Owns the two tables. Leaves names to `mlx_gemma4.catalog`, shapes to `mlx_gemma4
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -60,6 +61,36 @@ def _modalities(model: str, config: Gemma4Config) -> list[str]:
     return ["text", *(["image", "video"] if config.vision else []), *(["audio"] if config.audio else [])]
 
 
+def _converted(model: str) -> str | None:
+    """What a converted folder's record says: source, recipe, bits, converter; None where there is no record."""
+    if not Path(model).is_dir():
+        return None
+    from mlx_gemma4.conversions.verify import record_of
+
+    record = record_of(Path(model))
+    if record is None:
+        return None
+    source = record["source"]["name"] + (f" at {record['source']['commit'][:12]}" if record["source"]["commit"] else "")
+    return (
+        f"from {source}, recipe {record['recipe']['name']}, {record['bits_per_parameter']:.2f} bits per parameter, "
+        f"mlx-gemma4 {record['converter']['mlx-gemma4']}"
+    )
+
+
+def _table(model: str, config: Gemma4Config) -> str | None:
+    """Where the per-layer embedding table lies; None where there is none, or no shard of the model on this machine."""
+    from mlx_gemma4.loading import locate, shards
+    from mlx_gemma4.ple_disk import describe
+
+    folder = locate(model)
+    if not config.text.hidden_size_per_layer_input or not isinstance(folder, Path):
+        return None
+    if not any(folder.glob("*.safetensors")):
+        return None
+    file, nbytes = describe(shards(folder))
+    return f"{size(nbytes)} in {file.name}; --ple disk leaves it there"
+
+
 def info(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="e2b, e4b, 26b-a4b, 31b, demo or a folder.")] = "demo",
     as_json: AsJson = False,
@@ -79,12 +110,14 @@ def info(
         "one_vector_for_key_and_value": text.attention_k_eq_v,
         "experts": [text.num_experts, text.top_k_experts],
         "per_layer_embedding": text.hidden_size_per_layer_input,
+        "per_layer_embedding_table": _table(model, config),
         "vocabulary": text.vocab_size,
         "window": text.sliding_window,
         "context": text.max_position_embeddings,
         "weights": config.dtype,
         "quantization": {k: v for k, v in (config.quantization or {}).items() if not isinstance(v, dict)} or None,
         "reads": _modalities(model, config),
+        "converted": _converted(model),
     }
     if as_json:
         print(json.dumps(record))

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mlx_gemma4 import kv_bits as kv
 from mlx_gemma4.errors import UsageError
 
 DEMO = "demo"
@@ -105,9 +106,41 @@ Seed = Annotated[
     int | None,
     typer.Option(metavar="N", help="The same seed gives the same answer.", rich_help_panel=_SAMPLING),
 ]
+_BITS = f"{', '.join(f'{b:g}' for b in kv.BITS[:-1])} or {kv.BITS[-1]:g}"
 KvBits = Annotated[
-    float,
-    typer.Option(metavar="BITS", help="Bits per remembered number; this version keeps 16.", rich_help_panel=_MEMORY),
+    str | None,
+    typer.Option(
+        envvar="GEMMA4_KV_BITS",
+        metavar="BITS",
+        help=f"Bits per number that global layers remember: {_BITS}. 16 is exact; 3.5 fits most.",
+        rich_help_panel=_MEMORY,
+    ),
+]
+KvKeyBits = Annotated[
+    str | None, typer.Option(metavar="BITS", help="The same for keys alone.", rich_help_panel=_MEMORY)
+]
+KvValueBits = Annotated[
+    str | None, typer.Option(metavar="BITS", help="The same for values alone.", rich_help_panel=_MEMORY)
+]
+KvBitsSliding = Annotated[
+    str | None,
+    typer.Option(metavar="BITS", help="The same for sliding layers. Default: 16, exact.", rich_help_panel=_MEMORY),
+]
+KvMode = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODE",
+        help=f"How codes are found: {', '.join(kv.MODES)}. Default: {kv.MODES[0]}, the most exact.",
+        rich_help_panel=_MEMORY,
+    ),
+]
+Ple = Annotated[
+    str,
+    typer.Option(
+        metavar="WHERE",
+        help="memory, or disk: E2B's and E4B's table of per-layer embeddings stays in its file, which frees its size.",
+        rich_help_panel=_MEMORY,
+    ),
 ]
 Context = Annotated[
     str | None,
@@ -132,9 +165,21 @@ def sampling_changes(**flags: Any) -> dict[str, Any]:
     return given
 
 
-def check_kv_bits(bits: float) -> None:
-    if bits != 16:
-        raise UsageError(f"--kv-bits {bits:g} is not available in this version; the allowed value is 16")
+def kv_request(
+    kv_bits: str | None, keys: str | None, values: str | None, sliding: str | None, mode: str | None
+) -> kv.KvBits:
+    """What the kv options ask for. Raises UsageError for a bad value."""
+    return kv.request(kv_bits, keys, values, sliding, mode, option="--kv-bits")
+
+
+def kv_options(
+    kv_bits: str | None, keys: str | None, values: str | None, sliding: str | None, mode: str | None
+) -> dict[str, Any]:
+    """Those given, as arguments of `Chat` and `make_cache`. Raises UsageError for a bad value."""
+    kv_request(kv_bits, keys, values, sliding, mode)
+    bits = {"kv_bits": kv_bits, "kv_key_bits": keys, "kv_value_bits": values, "kv_bits_sliding": sliding}
+    given: dict[str, Any] = {name: float(text) for name, text in bits.items() if text is not None}
+    return given if mode is None else given | {"kv_mode": mode}
 
 
 def token_count(text: str, option: str) -> int:

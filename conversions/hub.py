@@ -18,8 +18,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mlx_gemma4.conversions.hub_progress import Line, Progress, Transfer, default_line, size
-from mlx_gemma4.errors import DoesNotFitError, Gemma4Error, ModelNotFoundError, UsageError
+from mlx_gemma4.conversions.hub_progress import Line, Progress, Stopped, Transfer, default_line, size
+from mlx_gemma4.errors import DoesNotFitError, Gemma4Error, ModelNotFoundError, UsageError, WeightsError
+from mlx_gemma4.safetensors_header import Tensor, check_header
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,10 @@ NEEDED = [
     "preprocessor_config.json",
 ]
 NOT_NEEDED = ["*/*"]
+# Tells a converted model's card the licence.
+README = "README.md"
+# Bytes of a download that a broken connection costs.
+PIECE = 128 << 10
 
 
 def download(
@@ -100,6 +105,95 @@ def download(
             report.close()
 
 
+def listing(repo: str, revision: str | None = None, *, token: str | None = None) -> list[Any] | None:
+    """The files of a repository that a model needs, and its README: the client's own records, nothing downloaded.
+
+    Each has filename, file_size, commit_hash, is_cached and local_path. None when the Hub does not answer and a
+    complete copy lies in the cache: `download` finds it. Raises as `download`.
+    """
+    import huggingface_hub as hub
+    from huggingface_hub.errors import DryRunError, LocalEntryNotFoundError
+
+    wanted: dict[str, Any] = {
+        "revision": revision,
+        "token": token,
+        "allow_patterns": [*NEEDED, README],
+        "ignore_patterns": NOT_NEEDED,
+        "library_name": "mlx-gemma4",
+    }
+    try:
+        files = list(hub.snapshot_download(repo, dry_run=True, tqdm_class=Transfer().bar_class(), **wanted))
+    except DryRunError as e:
+        cause = e.__cause__ or e
+        wanted["allow_patterns"] = NEEDED
+        try:
+            hub.snapshot_download(repo, local_files_only=True, **wanted)
+        except LocalEntryNotFoundError as missing:
+            raise _explain(cause, repo, revision, token, missing) from e
+        return None
+    except Exception as e:
+        raise _explain(e, repo, revision, token) from e
+    _check_contents(repo, [f.filename for f in files])
+    return files
+
+
+def small_files(repo: str, commit: str, *, token: str | None = None) -> Path:
+    """The folder of a repository's small files: everything in `listing` but weights. Raises as `download`."""
+    import huggingface_hub as hub
+
+    patterns = [p for p in (*NEEDED, README) if not p.endswith(".safetensors")]
+    bar = Transfer().bar_class()
+    try:
+        return Path(
+            hub.snapshot_download(
+                repo, revision=commit, token=token, allow_patterns=patterns, ignore_patterns=NOT_NEEDED, tqdm_class=bar
+            )
+        )
+    except Exception as e:
+        raise _explain(e, repo, commit, token, started=True) from e
+
+
+def header(repo: str, file: str, commit: str, *, token: str | None = None) -> dict[str, Tensor]:
+    """The header of one file of weights, by range requests. Raises WeightsError, and as `download`."""
+    import huggingface_hub as hub
+    from huggingface_hub.errors import SafetensorsParsingError
+
+    try:
+        found = hub.HfApi(token=token).parse_safetensors_file_metadata(repo, file, revision=commit)
+    except SafetensorsParsingError:
+        raise WeightsError(f"{file} of {repo} is no safetensors file, or damaged; choose another repository") from None
+    except Exception as e:
+        raise _explain(e, repo, commit, token, started=True) from e
+    return check_header(f"{file} of {repo}", {name: vars(info) for name, info in found.tensors.items()})
+
+
+def fetch(repo: str, file: str, commit: str, transfer: Transfer, *, token: str | None = None) -> Path:
+    """One file into the cache. Setting `transfer.stop` ends it. Raises as `download`, and Stopped."""
+    import huggingface_hub as hub
+    from huggingface_hub import constants
+
+    # What arrived of a piece is lost with the connection: in pieces of 10 MB, the client's own, a line that breaks more
+    # often never gets on.
+    constants.DOWNLOAD_CHUNK_SIZE = min(constants.DOWNLOAD_CHUNK_SIZE, PIECE)
+    try:
+        bar: Any = transfer.bar_class()
+        return Path(hub.hf_hub_download(repo, file, revision=commit, token=token, tqdm_class=bar))
+    except Stopped:
+        raise
+    except Exception as e:
+        raise _explain(e, repo, commit, token, started=True) from e
+
+
+def cache_folder() -> tuple[Path, int]:
+    """The client's cache folder and the bytes free where it is, or will be."""
+    return _free_disk()
+
+
+def explain(error: BaseException, repo: str, token: str | None = None) -> BaseException:
+    """Our error for what the client raised about `repo`, or `error` itself if it is of no known kind."""
+    return _explain(error, repo, None, token, started=True)
+
+
 def _check_contents(repo: str, files: list[str]) -> None:
     if "config.json" not in files:
         raise ModelNotFoundError(f"{repo} has no config.json; choose a repository that holds a model")
@@ -138,14 +232,19 @@ def _interruptible(fetch: Callable[[], str], transfer: Transfer) -> str:
         try:
             return pool.submit(fetch).result()
         except BaseException:
-            transfer.stop.set()
-            if "hf_xet" in sys.modules:
-                # Transfers in Rust never come by `stop`. Private name; without it Ctrl-C waits for the file.
-                with suppress(ImportError):
-                    from huggingface_hub.utils._xet import abort_xet_session
-
-                    abort_xet_session()
+            abort(transfer)
             raise
+
+
+def abort(transfer: Transfer) -> None:
+    """Ends a transfer from another thread."""
+    transfer.stop.set()
+    if "hf_xet" in sys.modules:
+        # Transfers in Rust never come by `stop`. Private name; without it Ctrl-C waits for the file.
+        with suppress(ImportError):
+            from huggingface_hub.utils._xet import abort_xet_session
+
+            abort_xet_session()
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

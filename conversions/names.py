@@ -5,7 +5,7 @@
     ...experts.gate_up_proj [E, 2F, H] -> ...experts.switch_glu.{gate,up}_proj.weight [E, F, H] each
     ...experts.down_proj -> ...experts.switch_glu.down_proj.weight
 
-Owns the mapping and which tensors a text graph does not use. Idempotent: names already in MLX's layout stay.
+Owns the mapping and which tensors a graph does not use. Idempotent: names already in MLX's layout stay.
 """
 
 import re
@@ -52,12 +52,15 @@ def is_unused(mlx_name: str, config: Gemma4Config) -> bool:
     )
 
 
-def sanitize(weights: dict[str, mx.array], config: Gemma4Config) -> dict[str, mx.array]:
-    """The text graph's tensors under its own names, from either layout; towers and unused tensors are left out."""
+def sanitize(weights: dict[str, mx.array], config: Gemma4Config, towers: tuple[str, ...] = ()) -> dict[str, mx.array]:
+    """A graph's tensors under its own names, from either layout; unused tensors are left out.
+
+    towers: those of `TOWERS` the graph has besides the text decoder; the others are left out, too.
+    """
     out: dict[str, mx.array] = {}
     for name, value in weights.items():
         name = to_mlx_name(name)
-        if is_tower(name) or is_unused(name, config):
+        if (is_tower(name) and not name.startswith(towers)) or is_unused(name, config):
             continue
         if name.endswith(".experts.gate_up_proj"):
             base = name.removesuffix("gate_up_proj") + "switch_glu."

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .chat import Chat
+    from .conversions.convert import convert
     from .errors import Gemma4Error
     from .generation import GenerationResponse, generate, generate_step, stream_generate
     from .loading import load
@@ -24,6 +25,7 @@ _HOME = {
     "Gemma4Error": "errors",
     "GenerationResponse": "generation",
     "Tokenizer": "tokenizer",
+    "convert": "conversions.convert",
     "generate": "generation",
     "generate_step": "generation",
     "load": "loading",
@@ -38,6 +40,7 @@ __all__ = [
     "GenerationResponse",
     "Tokenizer",
     "__version__",
+    "convert",
     "generate",
     "generate_step",
     "load",

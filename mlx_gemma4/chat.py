@@ -83,7 +83,8 @@ class Chat:
 
     system: the system prompt, or None. thinking: asks the template for a thought before each answer.
     sampling: None takes the checkpoint's own settings (generation_config.json).
-    kv_bits: bits per cached number, for `model.make_cache`.
+    kv_bits, kv_key_bits, kv_value_bits, kv_bits_sliding, kv_mode: how the cache keeps what it remembers, for
+    `model.make_cache`; None is the model's own. `set_kv` changes them.
 
     `thinking` and `sampling` may be assigned between turns. `messages` holds the "user" and "assistant"
     messages in the template's form; an assistant's thought is under "reasoning_content".
@@ -99,7 +100,11 @@ class Chat:
         thinking: bool = False,
         sampling: Sampling | None = None,
         *,
-        kv_bits: float = 16,
+        kv_bits: float | None = None,
+        kv_key_bits: float | None = None,
+        kv_value_bits: float | None = None,
+        kv_bits_sliding: float | None = None,
+        kv_mode: str | None = None,
         prefill_step_size: int = 2048,
     ):
         self.messages: list[dict[str, Any]] = []
@@ -110,10 +115,16 @@ class Chat:
         self._model = model
         self._tokenizer = tokenizer
         self._prefill_step_size = prefill_step_size
-        self._memory = PromptMemory(lambda: model.make_cache(kv_bits=kv_bits))
         self._sampler: tuple[Sampling, Sampler] | None = None
         self._cancelled = threading.Event()
         self._busy = threading.Lock()
+        self.set_kv(
+            kv_bits=kv_bits,
+            kv_key_bits=kv_key_bits,
+            kv_value_bits=kv_value_bits,
+            kv_bits_sliding=kv_bits_sliding,
+            kv_mode=kv_mode,
+        )
 
     def stream(self, text: str, *, progress: Progress | None = None) -> Generator[ChatEvent, None, None]:
         """Answers `text`, one event at a time; the last is `Done`.
@@ -157,6 +168,19 @@ class Chat:
     def set_system(self, system: str | None) -> None:
         """Changes the system prompt from the next turn on. The history stays; the cache starts anew."""
         self.system = system
+
+    def set_kv(self, **options: Any) -> None:
+        """Changes what the cache keeps, from the next turn on; the conversation is then read again.
+
+        options: those of `model.make_cache`, None for its default. Raises UsageError, changing nothing, for what it
+        refuses or while a turn is running.
+        """
+        if self._busy.locked():
+            raise UsageError("this chat is still answering; cancel() it before its cache is changed")
+        given = {name: value for name, value in options.items() if value is not None}
+        if given:
+            self._model.make_cache(**given)
+        self._memory = PromptMemory(lambda: self._model.make_cache(**given))
 
     @property
     def context_used(self) -> int:

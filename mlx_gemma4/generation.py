@@ -4,8 +4,9 @@ Owns chunked prefill, the pipelined decode loop and their cancellation. Leaves t
 `sampling.py`, what tokens mean to `turns.py`, and several turns over one cache to `chat.py`.
 
 Names, arguments and response fields are mlx-lm's (0.32 `generate.py`), so its users are at home. What
-differs: `max_kv_size` and compression through `kv_bits` are refused instead of half applied, a progress
-callback that returns False cancels, and the context's end stops generation with "length".
+differs: `max_kv_size` and compression through `kv_bits` are refused instead of half applied (the latter is a
+property of the cache), a progress callback that returns False cancels, and the context's end stops generation
+with "length".
 
 The pipeline: while the caller looks at token t, the device already computes token t+1. So when
 `generate_step` hands out a token, that token has as a rule been fed to the model, and closing the generator
@@ -16,11 +17,13 @@ since nothing would follow it. How many positions the cache holds is in the cach
 
 import time
 from collections.abc import Callable, Generator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
+from . import ple_disk
 from .errors import ContextError, Gemma4Error, UsageError
 from .sampling import LogitsProcessor, Sampler
 
@@ -135,7 +138,7 @@ def generate_step(
     prompt = mx.array(prompt)
     if prompt.ndim != 1 or prompt.size == 0:
         raise UsageError(f"the prompt must be a list of at least one token id, not of shape {list(prompt.shape)}")
-    cache: list[Any] = model.make_cache() if prompt_cache is None else prompt_cache
+    cache: list[Any] = prompt_cache if prompt_cache is not None else model.make_cache(**_asked(kv_bits))
     total = prompt.size
     max_tokens = token_budget(model, cache, total, max_tokens)
 
@@ -171,13 +174,16 @@ def generate_step(
     if not report(total):
         return
 
+    # Foreign samplers and processors may evaluate what they are given, while rows of a table on disk are not there yet.
+    lazy = not processors and (sampler is None or isinstance(sampler, Sampler))
     n = 1
     while True:
         following = None
         if n != max_tokens:
             if processors:
                 seen = mx.concatenate([seen, token])
-            following = step(token)
+            with ple_disk.late() if lazy else nullcontext():
+                following = step(token)
             mx.async_eval(*following)
         yield int(token.item()), logprobs  # type: ignore[arg-type]
         if following is None:
@@ -280,6 +286,10 @@ def generate(
     return text
 
 
+def _asked(kv_bits: float | None) -> dict[str, float]:
+    return {} if kv_bits is None else {"kv_bits": kv_bits}
+
+
 def _check_options(max_tokens: int, max_kv_size: int | None, kv_bits: float | None, prefill_step_size: int) -> None:
     if max_tokens == 0 or max_tokens < -1:
         raise UsageError(f"max_tokens must be at least 1, or -1 for no limit, not {max_tokens}")
@@ -291,4 +301,7 @@ def _check_options(max_tokens: int, max_kv_size: int | None, kv_bits: float | No
             "positions from global layers changes what the model reads; shorten the prompt instead"
         )
     if kv_bits not in (None, 16):
-        raise UsageError(f"kv_bits={kv_bits} is a property of the cache; make that with model.make_cache(kv_bits=...)")
+        raise UsageError(
+            f"kv_bits={kv_bits} is a property of the cache: load(..., kv_bits={kv_bits}), or give this call "
+            f"prompt_cache=model.make_cache(kv_bits={kv_bits})"
+        )

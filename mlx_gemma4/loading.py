@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten
 from . import catalog
 from .config import Gemma4Config
 from .errors import ModelNotFoundError, UsageError, WeightsError
+from .kv_bits import PLAIN, number
 from .safetensors_header import Tensor, read_header
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 
 INDEX = "model.safetensors.index.json"
+# Where the per-layer embedding table of E2B and E4B is kept.
+PLE = ("memory", "disk")
 
 
 def load(
@@ -37,6 +40,8 @@ def load(
     revision: str | None = None,
     dtype: str | mx.Dtype | None = None,
     kv_bits: float | None = None,
+    ple: str = "memory",
+    towers: bool = False,
     lazy: bool = False,
     check: bool = False,
     progress: "Progress | bool | None" = None,
@@ -47,24 +52,29 @@ def load(
     source: see `resolve`, which also takes `revision`, `progress` and `token`.
     dtype: "bfloat16", "float16" or "float32", in which the model computes; None is bfloat16 where Metal is
     available, else float32 (CPUs are several times slower in 16 bits). Packed weights stay packed.
-    kv_bits: 16 or None; nothing else is available yet.
+    kv_bits: bits per number in the caches that `model.make_cache` makes: 16 (as computed), 4, 3.5, 3, 2.5 or 2. None
+    is 16. Chat and generate take it from there.
+    ple: "disk" leaves the per-layer embedding table of E2B and E4B in its file and reads rows as tokens come; the file
+    must stay. The results are the same. "memory" holds it like all weights. See `ple_disk.py`.
+    towers: also what the checkpoint sees and hears with, see `models/vision.py`; without it, text only.
     lazy: leaves the weights in their files until they are used. Without it every array is in memory when this
     returns, so that the model may run on another thread than the one that loaded it.
     check: looks at every value; weights that are not numbers or of absurd size are an error.
 
     Raises ModelNotFoundError, ConfigError, TokenizerError, WeightsError, UsageError, DoesNotFitError.
     """
-    if kv_bits not in (None, 16):
-        raise UsageError(
-            f"kv_bits {kv_bits} is not available: this version has no KV compression (TurboQuant comes next); use 16"
-        )
+    bits = PLAIN if kv_bits is None else number(kv_bits)
     _compute_dtype(dtype)  # before a download, not after
+    _check_ple(ple)
     folder = resolve(source, revision=revision, progress=progress, token=token)
     config = Gemma4Config.from_folder(folder)
     from .tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_folder(folder)
-    return load_model(folder, dtype=dtype, lazy=lazy, check=check, config=config), tokenizer
+    model = load_model(folder, dtype=dtype, ple=ple, towers=towers, lazy=lazy, check=check, config=config)
+    model.make_cache(bits)  # an error now if no layer can have it
+    model.kv_bits = bits
+    return model, tokenizer
 
 
 def resolve(
@@ -82,6 +92,19 @@ def resolve(
     see `hub.download`.
 
     Raises ModelNotFoundError, UsageError, and what `hub.download` raises.
+    """
+    found = locate(source, revision)
+    if isinstance(found, Path):
+        return found
+    from .conversions import hub
+
+    return hub.download(*found, token=token, progress=progress)
+
+
+def locate(source: str | os.PathLike[str], revision: str | None = None) -> Path | tuple[str, str | None]:
+    """What `source` names: a folder that exists, or a Hub repository and its revision; nothing is downloaded.
+
+    Raises ModelNotFoundError, UsageError.
     """
     text = os.fspath(source)
     if text == catalog.DEMO:
@@ -111,31 +134,37 @@ def resolve(
         raise catalog.unknown(name)
     if entry is None and name.count("/") > 1:
         raise ModelNotFoundError(f"there is no folder {text}, and a Hub repository has the form owner/name")
-    from .conversions import hub
-
-    return hub.download(entry.repo if entry else name, tag or revision, token=token, progress=progress)
+    return (entry.repo if entry else name), tag or revision
 
 
 def load_model(
     folder: str | os.PathLike[str],
     *,
     dtype: str | mx.Dtype | None = None,
+    ple: str = "memory",
+    towers: bool = False,
     lazy: bool = False,
     check: bool = False,
     config: Gemma4Config | None = None,
 ) -> "Model":
     """The model of a checkpoint folder, without its tokenizer; arguments as in `load`.
 
-    Sets `model.compute_dtype` (mx.Dtype). Raises ConfigError and WeightsError.
+    Sets `model.compute_dtype` (mx.Dtype). Raises ConfigError, WeightsError and, for `ple`, UsageError.
     """
-    from . import packed
+    from . import packed, ple_disk
     from .models.gemma4 import Model
 
     folder = Path(folder)
     compute = _compute_dtype(dtype)
+    _check_ple(ple)
     config = config or Gemma4Config.from_folder(folder)
-    weights = _read(shards(folder), config)
-    model = Model(config)
+    headers = shards(folder)
+    model = Model(config, towers)
+    weights = _read(headers, model)
+    if ple == "disk":
+        model.language_model.model.embed_tokens_per_layer = ple_disk.open_table(headers, config.text, compute)
+        for leaf in ple_disk.LEAVES:
+            weights.values.pop(f"{ple_disk.PATH}.{leaf}", None)
     packed.pack(model, weights.values, weights.files, config)
     _fit(model, weights, folder)
     _cast(weights, compute)
@@ -191,9 +220,7 @@ class _Weights:
     files: dict[str, Path] = field(default_factory=dict)
 
 
-def _read(headers: Iterable[Path], config: Gemma4Config) -> _Weights:
-    from .conversions.names import sanitize
-
+def _read(headers: Iterable[Path], model: "Model") -> _Weights:
     out = _Weights()
     for file in headers:
         try:
@@ -202,7 +229,7 @@ def _read(headers: Iterable[Path], config: Gemma4Config) -> _Weights:
             raise WeightsError(f"{file} cannot be read ({_first_line(e)}); download it again") from None
         assert isinstance(found, dict)
         try:
-            found = sanitize(found, config)
+            found = model.sanitize(found)
         except ValueError as e:
             # A tensor whose number of axes is not what its name promises.
             raise WeightsError(f"{file}: {_first_line(e)}") from None
@@ -265,6 +292,11 @@ def _compute_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype:
     if name not in DTYPES:
         raise UsageError(f"dtype {name!r} is not available; allowed: {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def _check_ple(ple: str) -> None:
+    if ple not in PLE:
+        raise UsageError(f"ple {ple!r} is not known; allowed: {', '.join(PLE)}")
 
 
 def _some(names: list[str]) -> str:

@@ -58,17 +58,22 @@ def _settings(path: str, inputs: int, weights: dict[str, mx.array], files: dict[
     A packed row is `inputs * bits / 32` words of 32 bits and `inputs / group_size` scales.
     """
     words, scales = weights[f"{path}.weight"], weights[f"{path}.scales"]
-    bits, odd_bits = divmod(words.shape[-1] * 32, inputs)
-    group, odd_group = divmod(inputs, scales.shape[-1])
-    mode: str | None = None
-    if not odd_bits and not odd_group:
-        if scales.dtype == mx.uint8:
-            mode = BYTE_SCALES.get((group, bits))
-        elif bits in AFFINE_BITS and group in AFFINE_GROUPS:
-            mode = "affine"
-    if mode is None:
+    found = packing_of(inputs, words.shape[-1], scales.shape[-1], scales.dtype == mx.uint8)
+    if found is None:
         raise WeightsError(
             f"{files[f'{path}.weight']}: tensor {path}.weight has shape {list(words.shape)} with scales "
             f"{list(scales.shape)}; for {inputs} inputs no packing of MLX is like that"
         )
+    return found
+
+
+def packing_of(inputs: int, words: int, groups: int, byte_scales: bool) -> dict[str, Any] | None:
+    """group_size, bits and mode of a row of `inputs` values in `words` words with `groups` scales; None: no packing."""
+    bits, odd_bits = divmod(words * 32, inputs)
+    group, odd_group = divmod(inputs, groups)
+    if odd_bits or odd_group:
+        return None
+    mode = BYTE_SCALES.get((group, bits)) if byte_scales else "affine"
+    if mode is None or (mode == "affine" and (bits not in AFFINE_BITS or group not in AFFINE_GROUPS)):
+        return None
     return {"group_size": group, "bits": bits, "mode": mode}

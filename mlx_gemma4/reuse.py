@@ -6,12 +6,15 @@ share. Leaves what prompts look like to `turns.py` and `chat.py`, and how caches
     turn 1   [ system | user 1 | <|turn>model | thought 1 | answer 1 ]    snapshot after "user 1"
     turn 2   [ system | user 1 | <|turn>model | answer 1 | user 2 ... ]   thought 1 is gone: here the ids part
 
-Sliding layers keep a ring and cannot trim past their window, so for turn 2 the memory trims if every layer
-can, else goes back to the snapshot, else starts anew; the rest of the prompt is computed again.
+Sliding layers keep a ring and cannot trim past their window, compressed ones only inside their exact tail or to
+whole blocks. So for turn 2 the memory trims to the last position that every layer can, or goes back to the
+snapshot if that is no earlier, or starts anew; the rest of the prompt is computed again.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import mlx.core as mx
 
 from . import cache as kv
 from .generation import cache_offset
@@ -50,17 +53,17 @@ class PromptMemory:
         """
         most = len(prompt) - 1
         keep = min(common_prefix(self.ids, prompt), most)
-        extra = len(self.ids) - keep
+        if keep < len(self.ids):
+            keep = kv.cut_point(self.cache, keep)
         back = len(self._marked)
         if back > most or list(prompt[:back]) != self._marked:
             back = 0
-        if keep > 0 and keep >= back and (extra == 0 or kv.can_trim(self.cache, extra)):
-            if extra:
-                kv.trim(self.cache, extra)
+        if keep > back:
+            kv.trim(self.cache, len(self.ids) - keep)
             if keep < len(self._marked):  # about to be overwritten
                 self._marked, self._snapshot = [], None
             self.ids = self.ids[:keep]
-        elif back:
+        elif back:  # also where trimming would go no further: a compressed tail comes back exact
             kv.restore(self.cache, self._snapshot)
             self.ids = list(self._marked)
         elif self.ids:
@@ -69,7 +72,12 @@ class PromptMemory:
 
     def hold(self, ids: Sequence[int]) -> None:
         """Takes note that `ids` were fed, as far as the cache says it got."""
-        self.ids = [] if self._cache is None else list(ids[: cache_offset(self._cache)])
+        if self._cache is None:
+            self.ids = []
+            return
+        # Codes that no step has read yet are found now: what is not evaluated belongs to the thread that asked for it.
+        mx.eval([c.state for c in self._cache])
+        self.ids = list(ids[: cache_offset(self._cache)])
 
     def mark(self) -> None:
         """Makes the present position the way back."""

@@ -60,24 +60,32 @@ def read_header(path: Path) -> dict[str, Tensor]:
     if not isinstance(header, dict):
         raise WeightsError(f"the header of {path} is damaged; download it again")
 
-    entries = {k: _entry(path, k, v) for k, v in header.items() if k != "__metadata__"}
+    return check_header(str(path), header, 8 + declared, length)
+
+
+def check_header(where: str, header: dict[str, Any], start: int = 0, length: int | None = None) -> dict[str, Tensor]:
+    """Name -> tensor, in file order, of a header that was read: of the file called `where` in messages.
+
+    start: bytes before the first tensor. length: of the file, None where it is not known. Raises WeightsError.
+    """
+    entries = {k: _entry(where, k, v) for k, v in header.items() if k != "__metadata__"}
     tensors = dict(sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)))
-    held, at = length - 8 - declared, 0
+    held, at = None if length is None else length - start, 0
     for name, tensor in tensors.items():
-        if tensor.end > held:
+        if held is not None and tensor.end > held:
             raise WeightsError(
-                f"{path} is cut short: tensor {name} ends at byte {8 + declared + tensor.end}, "
+                f"{where} is cut short: tensor {name} ends at byte {start + tensor.end}, "
                 f"the file at {length}; download it again"
             )
         if tensor.begin != at:
-            raise WeightsError(f"{path} is damaged: tensor {name} does not follow the one before; download it again")
+            raise WeightsError(f"{where} is damaged: tensor {name} does not follow the one before; download it again")
         at = tensor.end
-    if at != held:
-        raise WeightsError(f"{path} is damaged: {held - at} bytes follow the last tensor; download it again")
+    if held is not None and at != held:
+        raise WeightsError(f"{where} is damaged: {held - at} bytes follow the last tensor; download it again")
     return tensors
 
 
-def _entry(path: Path, name: str, raw: Any) -> Tensor:
+def _entry(path: str, name: str, raw: Any) -> Tensor:
     try:
         begin, end = raw["data_offsets"]
         tensor = Tensor(str(raw["dtype"]), tuple(raw["shape"]), begin, end)

@@ -1,7 +1,7 @@
 """What every test runs under: a home of its own, no Hub, no settings of whoever runs the suite.
 
-Owns the environment, the fixtures `clean_python` and `caller_environment`, and the line that names the machine.
-Leaves checkpoints to `tiny.py` and the Hub of the tests to `hub_server.py`.
+Owns the environment, the fixtures `clean_python`, `caller_environment` and `metal`, and the line that names the
+machine. Leaves checkpoints to `tiny.py`, the Hub to `hub_server.py` and running Metal source to `metal_cpu/`.
 """
 
 import os
@@ -10,8 +10,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,11 +39,20 @@ for name in ("NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE", "PYTHONPATH", "COLUMNS
     os.environ.pop(name, None)
 
 
-def pytest_report_header() -> str:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--backend",
+        choices=("cpu", "metal"),
+        help="where kernel tests run Metal source: the device (the default where MLX has one), or this CPU",
+    )
+
+
+def pytest_report_header(config: pytest.Config) -> str:
     """MLX, device and machine, so that a pasted report says where it ran."""
     import mlx.core as mx
 
     where = "Metal" if mx.metal.is_available() else "CPU, no Metal"
+    where += f"; kernel tests on {kernel_backend(config)}"
     return f"mlx {mx.__version__} ({where}), {platform.platform()}, {platform.machine()}, {os.cpu_count()} cores"
 
 
@@ -73,3 +83,28 @@ def clean_python() -> Callable[..., str]:
         return done.stdout
 
     return run
+
+
+def kernel_backend(config: pytest.Config) -> str:
+    """Where kernel tests run: "cpu" or "metal"."""
+    import mlx.core as mx
+
+    return config.getoption("--backend") or ("metal" if mx.metal.is_available() else "cpu")
+
+
+@pytest.fixture
+def metal(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """Our kernels run their Metal source: on a CPU through `metal_cpu`, whose session the fixture is; else None.
+
+    Assertions about traffic and reports stand under `if metal is not None`.
+    """
+    from mlx_gemma4.kernels import backend
+
+    if kernel_backend(request.config) == "metal":
+        with backend.forced("metal"):
+            yield None
+        return
+    import metal_cpu
+
+    with backend.forced("metal", factory=metal_cpu.metal_kernel), metal_cpu.session() as session:
+        yield session

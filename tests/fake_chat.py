@@ -57,6 +57,9 @@ class FakeChat:
     def set_system(self, system: str | None) -> None:
         self.system = system
 
+    def set_kv(self, **options: Any) -> None:
+        self.kv = options
+
     @property
     def cache_status(self) -> list[str]:
         return ["4 x ring: 10 bytes", "1 x global: 20 bytes"]

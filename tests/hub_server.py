@@ -1,10 +1,12 @@
 """A small Hub on 127.0.0.1 for the real huggingface_hub client: repositories, revisions, ranges, faults.
 
 Owns the part of the protocol a download needs: repository info, file tree, `resolve` (which redirects
-weights to another address, as the real one does) and byte ranges. Faults: a connection cut after some bytes,
-refused or slow ones, gated and private repositories. Every request is in `requests`.
+weights to another address, as the real one does) and byte ranges; and what an upload needs: a repository made, large
+files sent to another address first, one commit. Faults: a connection cut once or every so many bytes, refused or slow
+ones, gated and private repositories. Every request is in `requests`.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -61,6 +63,8 @@ class Hub(ThreadingHTTPServer):
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
         self.cut_after: int | None = None  # break the next weight transfer after so many bytes
+        self.cut_every: int | None = None  # break every weight transfer after so many bytes
+        self.sent_files: dict[str, bytes] = {}  # large files uploaded and not yet in a commit, by SHA-256
         self.refuse_after_cut = False  # and hang up on everything afterwards
         self.refusing = False
         self.chunk_delay = 0.0  # seconds between pieces of 64 KiB
@@ -108,6 +112,62 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.answer()
+
+    def do_PUT(self) -> None:
+        """A large file's bytes, at the address the batch request gave."""
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.sent_files[hashlib.sha256(data).hexdigest()] = data
+        self.reply(200, b"")
+
+    def do_POST(self) -> None:
+        hub, path = self.server, self.path.partition("?")[0]
+        asked = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if hub.refusing:
+            return self.hang_up()
+        if path == "/api/validate-yaml":
+            return self.reply(200, b'{"errors": [], "warnings": []}')
+        if self.token is None:
+            return self.error(401, "RepoNotFound")
+        if path == "/api/repos/create":
+            made = json.loads(asked)
+            name = f"{made['organization']}/{made['name']}"
+            if name not in hub.repos:
+                hub.repo(name, {})
+            return self.reply(200, json.dumps({"url": f"{hub.url}/{name}"}).encode())
+        if found := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
+            objects = [
+                {**o, "actions": {"upload": {"href": f"{hub.url}/put/{o['oid']}", "header": {}}}}
+                for o in json.loads(asked)["objects"]
+            ]
+            return self.reply(200, json.dumps({"transfer": "basic", "objects": objects}).encode())
+        if found := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main", path):
+            repo = hub.repos.get(found[1])
+            if repo is None:
+                return self.error(404, "RepoNotFound")
+            if repo.tokens is not None and self.token not in repo.tokens:
+                return self.error(403, "GatedRepo")
+            if found[2] == "preupload":
+                files = [
+                    {"path": f["path"], "uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular"}
+                    for f in json.loads(asked)["files"]
+                ]
+                return self.reply(200, json.dumps({"files": [f | {"shouldIgnore": False} for f in files]}).encode())
+            oid = repo.commit({**repo.commits[repo.names["main"]], **self.committed(asked)})
+            url = f"{hub.url}/{found[1]}/commit/{oid}"
+            return self.reply(200, json.dumps({"success": True, "commitOid": oid, "commitUrl": url}).encode())
+        return self.error(404, "EntryNotFound")
+
+    def committed(self, body: bytes) -> dict[str, bytes]:
+        """The files of a commit: small ones are in it, large ones were sent before."""
+        files = {}
+        for line in body.splitlines():
+            record = json.loads(line)
+            value = record["value"]
+            if record["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif record["key"] == "lfsFile":
+                files[value["path"]] = self.server.sent_files.pop(value["oid"])
+        return files
 
     def answer(self) -> None:
         hub, path = self.server, self.path.partition("?")[0]
@@ -175,12 +235,13 @@ class _Handler(BaseHTTPRequestHandler):
         return self.reply(302, b"", headers)
 
     def body(self, data: bytes, headers: dict[str, str], weights: bool = False) -> None:
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         start = int(asked[1]) if asked else 0
+        end = min(int(asked[2]) + 1, len(data)) if asked and asked[2] else len(data)
         headers = {**headers, "Accept-Ranges": "bytes"}
         if asked:
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        self.reply(206 if asked else 200, data[start:], headers, start, weights)
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
+        self.reply(206 if asked else 200, data[start:end], headers, start, weights)
 
     def reply(
         self, status: int, data: bytes, headers: dict | None = None, start: int = 0, weights: bool = False
@@ -191,8 +252,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(key, value)
         self.end_headers()
         try:
-            cut = hub.cut_after if weights else None
-            while self.command == "GET" and sent < len(data):
+            cut = (hub.cut_after or hub.cut_every) if weights else None
+            while self.command != "HEAD" and sent < len(data):
                 if cut is not None and sent >= cut:
                     hub.cut_after, hub.refusing = None, hub.refuse_after_cut
                     return self.hang_up()

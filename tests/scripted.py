@@ -61,7 +61,7 @@ class ScriptedModel:
         self.caches: list[list[Recorder]] = []
         self.before = lambda call: None
 
-    def make_cache(self, kv_bits=16):
+    def make_cache(self, kv_bits=None):
         self.kv_bits = kv_bits
         self.caches.append([Recorder(self.window), Recorder()])
         return self.caches[-1]

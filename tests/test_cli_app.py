@@ -136,7 +136,17 @@ def test_sampling_starts_from_the_checkpoint(gemma4, tmp_path):
     [
         (["generate"], 2, "no prompt"),
         (["chat"], 2, "nothing to answer"),
-        (["generate", "x", "--kv-bits", "3.5"], 2, "the allowed value is 16"),
+        (["generate", "x", "--kv-bits", "3.3"], 2, "--kv-bits takes 16, 4, 3.5, 3, 2.5 or 2, not 3.3"),
+        (["chat", "x", "--kv-bits", "0"], 2, "--kv-bits takes 16, 4, 3.5, 3, 2.5 or 2, not 0"),
+        (["chat", "x", "--kv-bits", "17"], 2, "--kv-bits takes 16, 4, 3.5, 3, 2.5 or 2, not 17"),
+        (["generate", "x", "--kv-bits", "abc"], 2, "--kv-bits takes 16, 4, 3.5, 3, 2.5 or 2, not abc"),
+        (["generate", "x", "--kv-key-bits", "1"], 2, "--kv-key-bits takes 16, 4, 3.5, 3, 2.5 or 2, not 1"),
+        (["generate", "x", "--kv-bits-sliding", "x"], 2, "--kv-bits-sliding takes 16, 4, 3.5, 3, 2.5 or 2, not x"),
+        (["generate", "x", "--kv-value-bits", "4"], 2, "compressed together: give --kv-bits, or --kv-key-bits and"),
+        (["generate", "x", "--kv-bits", "4", "--kv-mode", "x"], 2, "--kv-mode takes trellis, pairs or paper, not x"),
+        (["generate", "x", "--kv-bits-sliding", "4"], 2, "reaches none of this model"),
+        (["cache-size", "--kv-bits", "3.3"], 2, "--kv-bits takes 16, 4, 3.5, 3, 2.5 or 2, not 3.3"),
+        (["cache-size", "31b", "--kv-key-bits", "4", "--kv-value-bits", "3"], 2, "one vector for both"),
         (["chat", "x", "--temperature", "-1"], 2, "temperature must be a number at least 0"),
         (["chat", "x", "--top-p", "1.5"], 2, "between 0 and 1"),
         (["chat", "x", "--max-tokens", "0"], 2, "at least 1"),
@@ -246,6 +256,37 @@ def test_cache_size_is_the_arithmetic_of_the_published_shapes(gemma4):
         assert big["one-vector"] == 10 * n * 4 * 512 * 2
         for row in (e2b, e4b, moe, big):
             assert row["total"] == row["sliding"] + row["global"] + row["one-vector"]
+
+
+def test_cache_size_of_compressed_caches(gemma4):
+    """The published shapes at 3.5 bits and full context: what 16 bits would take stands beside it."""
+    ran = gemma4("cache-size", "31b", "--kv-bits", "3.5", "--context", "256k", "--json")
+    record = json.loads(ran.out)
+    big = record["bytes"]["31b"]["262144"]
+    assert record["kv_bits"] == {"keys": 3.5, "values": 3.5, "sliding": 16, "mode": "trellis"}
+    assert big["one-vector"] == 10 * 4 * ((262144 - 64) * (224 + 56 + 2) + 144 * 512 * 2)
+    assert big["sliding"] == 50 * 1024 * 16 * 256 * 2 * 2
+    assert big["keys and values apart"] == big["sliding"] + 10 * 262144 * 4 * 512 * 2 * 2
+    rings = json.loads(gemma4("cache-size", "31b", "--kv-bits-sliding", "4", "--context", "8k", "--json").out)
+    assert rings["bytes"]["31b"]["8192"]["sliding"] == 50 * 16 * (1024 * (2 * 128 + 2) + 128 * 256 * 2 * 2)
+
+
+def test_kv_bits_on_the_command_line(gemma4, tmp_path, monkeypatch):
+    """From option and environment to the cache, in turns and raw; the option goes over the environment."""
+    folder = str(make_tiny(tmp_path / "model", "e4b"))
+
+    def bytes_of(*arguments: str) -> int:
+        common = ["-m", folder, "--max-tokens", "2", "--temperature", "0", "--json"]
+        return json.loads(gemma4("generate", "the model " * 100, *common, *arguments).out)["cache_bytes"]
+
+    plain, two = bytes_of(), bytes_of("--kv-bits", "2")
+    assert two < plain and bytes_of("--kv-bits", "16") == plain
+    assert two < bytes_of("--kv-key-bits", "4", "--kv-value-bits", "4") < plain
+    assert bytes_of("--raw", "--kv-bits", "2", "--kv-mode", "pairs") < bytes_of("--raw")
+    monkeypatch.setenv("GEMMA4_KV_BITS", "2")
+    assert bytes_of() == two and bytes_of("--kv-bits", "16") == plain
+    monkeypatch.setenv("GEMMA4_KV_BITS", "many")
+    assert "2.5 or 2, not many" in one_line(gemma4("generate", "x"))
 
 
 def test_cache_size_in_a_pipe_is_aligned_text(gemma4, model):

@@ -5,6 +5,7 @@ from fake_chat import FakeChat
 
 from mlx_gemma4.cli.tui import commands
 from mlx_gemma4.errors import UsageError
+from mlx_gemma4.kernels import backend
 
 
 class Said:
@@ -82,6 +83,7 @@ def test_set_changes_one_value(session: Said):
         ("/set temperature", "a name and a value"),
         ("/think maybe", "on or off"),
         ("/model e2b", "gemma4 chat --model"),
+        ("/kv 3.3", "/kv takes 16, 4, 3.5, 3, 2.5 or 2, not 3.3"),
     ],
 )
 def test_bad_values_say_what_is_allowed(session: Said, line: str, message: str):
@@ -120,7 +122,23 @@ def test_clear_think_model_stats(session: Said):
     assert session.lines == session.title
 
 
+def test_kv_shows_and_changes_what_the_cache_keeps(session: Said, monkeypatch):
+    monkeypatch.setattr(backend, "_ran", {"merge_partials": "metal", "turboquant_attention": "reference"})
+    session.run("/kv")
+    assert session.lines == [
+        "  4 x ring: 10 bytes",
+        "  1 x global: 20 bytes",
+        "  merge partials: metal",
+        "  turboquant attention: reference",
+    ]
+    session.run("/kv 3.5")
+    assert session.chat.kv == {"kv_bits": 3.5}
+    assert session.lines[0] == "3.5 bits from the next turn on, which reads the conversation again"
+    assert session.lines[1:3] == ["  4 x ring: 10 bytes", "  1 x global: 20 bytes"]
+
+
 def test_completion():
+    assert commands.completions("/kv 3") == ["/kv 3.5", "/kv 3"]
     assert commands.completions("/s") == ["/system", "/set", "/stats"]
     assert commands.completions("/set te") == ["/set temperature"]
     assert "/set min_p" in commands.completions("/set ")

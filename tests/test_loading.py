@@ -90,8 +90,8 @@ def test_wrong_sources(folders):
 def test_wrong_options_are_told_before_anything_is_read():
     with pytest.raises(UsageError, match="bfloat16, float16, float32"):
         loading.load("/no/such/model", dtype="int8")
-    with pytest.raises(UsageError, match=r"kv_bits 3\.5"):
-        loading.load("/no/such/model", kv_bits=3.5)
+    with pytest.raises(UsageError, match=r"kv_bits takes 16, .* not 3\.3"):
+        loading.load("/no/such/model", kv_bits=3.3)
 
 
 # ------------------------------------------------------------------ layouts

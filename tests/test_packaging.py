@@ -26,8 +26,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # Folder at the top of the checkout -> where it lies in a wheel.
 FOLDERS = {f: f"mlx_gemma4/{f}" for f in ("cli", "conversions", "kernels")} | {"mlx_gemma4": "mlx_gemma4"}
-# In the tree, and on purpose not in a wheel: what trained the built-in model.
-LEFT_OUT = "mlx_gemma4/demo/training/"
+# In the tree, and on purpose not in a wheel: what trained the built-in model and the codebooks.
+LEFT_OUT = ("mlx_gemma4/demo/training/", "mlx_gemma4/kernels/codebooks/train.py")
+DATA = ("mlx_gemma4/demo/model/", "mlx_gemma4/kernels/codebooks/")
 
 
 def expected_files(tree: Path = ROOT) -> set[str]:
@@ -38,7 +39,7 @@ def expected_files(tree: Path = ROOT) -> set[str]:
         for where, _, names in os.walk(tree / folder):
             for name in names:
                 path = (Path(target) / Path(where, name).relative_to(tree / folder)).as_posix()
-                if path.endswith((".py", ".metal", ".h", ".toml")) or path.startswith("mlx_gemma4/demo/model/"):
+                if path.endswith((".py", ".metal", ".h", ".toml")) or path.startswith(DATA):
                     found.add(path)
     return {path for path in found if not path.startswith(LEFT_OUT)}
 
@@ -158,7 +159,7 @@ def test_metadata(wheel):
 
 
 # Import name -> distribution, where they differ.
-DISTRIBUTION = {"markdown_it": "markdown-it-py"}
+DISTRIBUTION = {"PIL": "pillow", "markdown_it": "markdown-it-py"}
 
 
 def test_every_import_is_declared():

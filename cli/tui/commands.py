@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol, get_args, get_type_hints
 
 from mlx_gemma4.errors import UsageError
+from mlx_gemma4.kv_bits import BITS, number
 
 from . import status
 
@@ -64,7 +65,11 @@ def completions(text: str) -> list[str]:
     word, space, argument = text.partition(" ")
     if not space:
         return [name for name in _BY_NAME if name.startswith(word)] if word.startswith("/") else []
-    choices = {"/set": setting_names, "/think": lambda: ["on", "off"]}.get(word)
+    choices = {
+        "/set": setting_names,
+        "/think": lambda: ["on", "off"],
+        "/kv": lambda: [f"{b:g}" for b in BITS],
+    }.get(word)
     return [f"{word} {c}" for c in choices() if c.startswith(argument)] if choices else []
 
 
@@ -151,6 +156,19 @@ def _stats(session: Session, argument: str) -> None:
         session.say(f"  {line}")
 
 
+def _kv(session: Session, argument: str) -> None:
+    from mlx_gemma4.kernels import backend
+
+    if argument:
+        bits = number(argument, "/kv")
+        session.chat.set_kv(kv_bits=bits)
+        session.say(f"{bits:g} bits from the next turn on, which reads the conversation again")
+    for line in session.chat.cache_status:
+        session.say(f"  {line}")
+    for operation, path in sorted(backend.status().items()):
+        session.say(f"  {operation.replace('_', ' ')}: {path}")
+
+
 def _think(session: Session, argument: str) -> None:
     if argument not in ("", "on", "off"):
         raise UsageError(f"/think takes on or off, not {argument!r}")
@@ -177,6 +195,7 @@ COMMANDS = (
     Command("/set", "/set [NAME VALUE]", "show or change how answers are sampled", _set),
     Command("/think", "/think [on|off]", "let the model think before it answers", _think),
     Command("/stats", "/stats", "what the last turn cost", _stats),
+    Command("/kv", "/kv [BITS]", "what the cache keeps; or change it, as --kv-bits", _kv),
     Command("/model", "/model", "what runs here", _model),
     Command("/exit", "/exit", "leave", _exit, ("/bye", "/quit")),
 )

@@ -10,8 +10,8 @@ Memory. Scratch is a handful of float32 tiles of at most TILE_ELEMENTS scores, w
 `scratch_bound` gives the bytes, and a test counts them.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
@@ -86,7 +86,8 @@ def tile_sizes(rows: int, batch: int, heads: int, reader: Reader | None, window:
     """
     rows = min(rows, MAX_QUERY_TILE, max(1, TILE_ELEMENTS // (batch * heads * KEY_TILE)))
     if window is not None:
-        rows = min(rows, max(MIN_WINDOWED_TILE, window // 2))
+        # r rows compute window + r scores each: few waste least, but many small tiles cost a GPU more.
+        rows = min(rows, MIN_WINDOWED_TILE if on_cpu() else max(MIN_WINDOWED_TILE, window // 2))
         if window <= 2 * KEY_TILE:
             # All that these rows see in one tile, so that one softmax serves.
             return max(1, min(rows, TILE_ELEMENTS // (batch * heads * (window + rows)))), window + rows
@@ -128,32 +129,99 @@ def flash_attention(
     Query p sees key t when t <= p, t > p - window (if a window is given) and t >= first_visible[b] (int [B], the left
     padding of each row, if given). Scores and softmax statistics are float32; products are taken in the stored dtype.
     """
-    B, H, L, _ = q.shape
-    # Keys at or after this index are in the future of every query.
-    stop = min(reader.length, q_start + L - k_start)
-    rows, keys = tile_sizes(L, B, H, reader, window)
-    out = []
-    for i in range(0, L, rows):
-        tile = wait_for(q[:, :, i : i + rows], out[-1] if out else None)
-        p0, p1 = q_start + i, q_start + min(i + rows, L)  # positions of this tile
-        lo = 0 if window is None else max(0, p0 - window + 1 - k_start)
-        hi = min(stop, p1 - k_start)
-        out.append(_query_tile_attention(tile, reader, scale, p0, k_start, lo, hi, keys, window, first_visible))
+    sees = Sight(q_start, k_start, window, first_visible)
+    out: list[mx.array] = []
+    for tile, lo, hi, keys, at in _query_tiles(q, reader, sees, out):
+        out.append(_attend_tile(tile, reader, scale, at, lo, hi, keys)[0].astype(q.dtype))
     return out[0] if len(out) == 1 else mx.concatenate(out, axis=2)
 
 
-def _query_tile_attention(
+def flash_attention_partial(
     q: mx.array,
     reader: Reader,
-    scale: float,
+    *,
+    scale: float = 1.0,
     q_start: int,
-    k_start: int,
-    lo: int,
-    hi: int,
-    key_tile: int,
-    window: int | None,
-    first_visible: mx.array | None,
-) -> mx.array:
+    k_start: int = 0,
+    window: int | None = None,
+    first_visible: mx.array | None = None,
+    visible: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """As `flash_attention`, over some of the keys: (out float32 [B, H, L, D], lse float32 [B, H, L]) to be merged.
+
+    out is normalised over what was seen here, lse = log(sum(exp(score))). A query that sees nothing has out 0 and lse
+    MASKED. `visible`, boolean [B, T], hides stored positions from every query.
+    """
+    sees = Sight(q_start, k_start, window, first_visible, visible)
+    out: list[mx.array] = []
+    lse: list[mx.array] = []
+    for tile, lo, hi, keys, at in _query_tiles(q, reader, sees, out):
+        if hi > lo:
+            tile_out, tile_lse = _attend_tile(tile, reader, scale, at, lo, hi, keys, with_lse=True)
+            assert tile_lse is not None
+            blind = tile_lse <= MASKED / 2
+            tile_out = mx.where(blind[..., None], 0.0, tile_out.astype(mx.float32))
+            tile_lse = mx.where(blind, MASKED, tile_lse)
+        else:
+            tile_out, tile_lse = mx.zeros(tile.shape, mx.float32), mx.full(tile.shape[:-1], MASKED, mx.float32)
+        out.append(tile_out)
+        lse.append(tile_lse)
+    return (out[0], lse[0]) if len(out) == 1 else (mx.concatenate(out, axis=2), mx.concatenate(lse, axis=2))
+
+
+@dataclass(frozen=True)
+class Sight:
+    """Which keys the queries from position q_start on may see; the keys are those from position k_start on."""
+
+    q_start: int
+    k_start: int
+    window: int | None = None
+    first_visible: mx.array | None = None  # int [B]
+    visible: mx.array | None = None  # boolean [B, T]
+
+    def mask(self, L: int, start: int, stop: int) -> mx.array | None:
+        """Of stored keys start .. stop: boolean, broadcastable to [B, H_kv, G, L, n]; None when all L see them all."""
+        first, last = self.k_start + start, self.k_start + stop - 1
+        causal = last > self.q_start
+        windowed = self.window is not None and first <= self.q_start + L - 1 - self.window
+        mask = None
+        if causal or windowed:
+            q_pos = mx.arange(self.q_start, self.q_start + L)[:, None]
+            k_pos = mx.arange(first, last + 1)[None]
+            mask = k_pos <= q_pos
+            if self.window is not None:
+                mask = mask & (k_pos + self.window > q_pos)
+        if self.first_visible is not None:
+            real = mx.arange(first, last + 1) >= self.first_visible[:, None]  # [B, n]
+            mask = _and(mask, real[:, None, None, None, :])
+        if self.visible is not None:
+            mask = _and(mask, self.visible[:, None, None, None, start:stop])
+        return mask
+
+
+def _and(a: mx.array | None, b: mx.array) -> mx.array:
+    return b if a is None else a & b
+
+
+def _query_tiles(
+    q: mx.array, reader: Reader, sees: Sight, done: Sequence[mx.array]
+) -> Iterator[tuple[mx.array, int, int, int, Sight]]:
+    """(queries, first and last stored key they may see, keys per tile, their `Sight`), each after the last `done`."""
+    B, H, L, _ = q.shape
+    rows, keys = tile_sizes(L, B, H, reader, sees.window)
+    # Keys at or after this index are in the future of every query.
+    stop = min(reader.length, sees.q_start + L - sees.k_start)
+    for i in range(0, L, rows):
+        tile = wait_for(q[:, :, i : i + rows], done[-1] if done else None)
+        p0, p1 = sees.q_start + i, sees.q_start + min(i + rows, L)  # positions of this tile
+        lo = 0 if sees.window is None else max(0, p0 - sees.window + 1 - sees.k_start)
+        yield tile, lo, min(stop, p1 - sees.k_start), keys, replace(sees, q_start=p0)
+
+
+def _attend_tile(
+    q: mx.array, reader: Reader, scale: float, sees: Sight, lo: int, hi: int, key_tile: int, with_lse: bool = False
+) -> tuple[mx.array, mx.array | None]:
+    """(out [B, H, L, D], lse float32 [B, H, L] if asked for) of one tile of queries over stored keys lo .. hi."""
     B, H, L, _ = q.shape
     G = H // reader.kv_heads
     # Query heads of one KV head become rows of one matmul: [B, H_kv, G*L, D_p].
@@ -167,13 +235,13 @@ def _query_tile_attention(
         scores = dot_products(wait_for(parts[0], earlier), keys[0])
         for p, k in zip(parts[1:], keys[1:], strict=True):
             scores = scores + dot_products(p, k)
-        visible = _visible(q_start, L, k_start + start, end - start, window, first_visible)
+        visible = sees.mask(L, start, end)
         if visible is not None:
             scores = scores.reshape(B, reader.kv_heads, G, L, end - start)
             scores = mx.where(visible, scores, MASKED).reshape(B, reader.kv_heads, G * L, end - start)
-        if hi - lo <= key_tile:
+        if hi - lo <= key_tile and not with_lse:
             weights = mx.softmax(scores, axis=-1).astype(values.dtype)
-            return (weights @ values).reshape(B, H, L, -1)
+            return (weights @ values).reshape(B, H, L, -1), None
         tile_peak = scores.max(axis=-1, keepdims=True)
         new_peak = tile_peak if peak is None else mx.maximum(peak, tile_peak)
         weights = mx.exp(scores - new_peak)
@@ -188,25 +256,5 @@ def _query_tile_attention(
         peak = new_peak
         # The sums, too, before the next tile, or the weights of every tile would wait in memory for them.
         earlier = acc = wait_for(acc, total)
-    assert acc is not None and total is not None
-    return (acc / total).astype(q.dtype).reshape(B, H, L, -1)
-
-
-def _visible(
-    q_start: int, L: int, k_start: int, n: int, window: int | None, first_visible: mx.array | None
-) -> mx.array | None:
-    """Boolean mask, broadcastable to [B, H_kv, G, L, n], or None when every query sees every key of the tile."""
-    causal = k_start + n - 1 > q_start
-    windowed = window is not None and k_start <= q_start + L - 1 - window
-    mask = None
-    if causal or windowed:
-        q_pos = mx.arange(q_start, q_start + L)[:, None]
-        k_pos = mx.arange(k_start, k_start + n)[None]
-        mask = k_pos <= q_pos
-        if window is not None:
-            mask = mask & (k_pos + window > q_pos)
-    if first_visible is not None:
-        real = mx.arange(k_start, k_start + n) >= first_visible[:, None]  # [B, n]
-        real = real[:, None, None, None, :]
-        mask = real if mask is None else mask & real
-    return mask
+    assert acc is not None and total is not None and peak is not None
+    return (acc / total).reshape(B, H, L, -1), (peak + mx.log(total)).reshape(B, H, L) if with_lse else None

@@ -7,18 +7,33 @@
 | OneVectorCache | global, 26B-A4B/31B (K=V)       | one vector per position: half the bytes     |
 | (none)         | the last layers of E2B/E4B      | nothing: they read their producer's         |
 
-The functions below act on a model's whole list of caches.
+With `kv_bits` below 16 global layers keep codes, with `kv_bits_sliding` rings do (`blocks.py` says of which positions):
+
+| class                    | instead of     |
+|--------------------------|----------------|
+| CompressedCache          | GlobalCache    |
+| CompressedOneVectorCache | OneVectorCache |
+| CompressedSlidingCache   | SlidingCache   |
+
+The functions below act on a model's whole list of caches; `files.py` saves and loads one.
 """
 
 from collections.abc import Sequence
 
 from .base import LayerCache, Snapshot, View
+from .compressed import CompressedCache
+from .compressed_one_vector import CompressedOneVectorCache
+from .compressed_sliding import CompressedSlidingCache
+from .files import load, save
 from .full import GlobalCache
 from .one_vector import KeyForm, OneVectorCache
 from .sliding import ChunkView, SlidingCache
 
 __all__ = [
     "ChunkView",
+    "CompressedCache",
+    "CompressedOneVectorCache",
+    "CompressedSlidingCache",
     "GlobalCache",
     "KeyForm",
     "LayerCache",
@@ -27,8 +42,11 @@ __all__ = [
     "Snapshot",
     "View",
     "can_trim",
+    "cut_point",
+    "load",
     "nbytes",
     "restore",
+    "save",
     "snapshot",
     "status",
     "trim",
@@ -41,6 +59,15 @@ def nbytes(caches: Sequence[LayerCache]) -> int:
 
 def can_trim(caches: Sequence[LayerCache], n: int) -> bool:
     return all(c.is_trimmable(n) for c in caches)
+
+
+def cut_point(caches: Sequence[LayerCache], position: int) -> int:
+    """The last position up to `position` to which every layer can be shortened; 0 when there is none."""
+    while True:
+        found = min((c.cut_point(position) for c in caches), default=position)
+        if found == position:
+            return found
+        position = found
 
 
 def trim(caches: Sequence[LayerCache], n: int) -> int:
@@ -59,8 +86,7 @@ def snapshot(caches: Sequence[LayerCache]) -> list[Snapshot]:
 def restore(caches: Sequence[LayerCache], snapshots: Sequence[Snapshot]) -> None:
     """All layers back to their snapshots. Raises Gemma4Error, before anything moves, if one is gone."""
     for c, s in zip(caches, snapshots, strict=True):
-        if not isinstance(c, SlidingCache):
-            c._check_alive(s)
+        c._check_alive(s)
     for c, s in zip(caches, snapshots, strict=True):
         c.restore(s)
 

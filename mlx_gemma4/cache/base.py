@@ -15,7 +15,7 @@ Positions count tokens fed since the start, padding included. Rows of a batch ma
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, NoReturn, Protocol
 
 import mlx.core as mx
 
@@ -60,8 +60,35 @@ class LayerCache:
         """Bytes allocated for what is remembered."""
         return sum(a.nbytes for a in self._arrays())
 
+    def contents(self) -> dict[str, mx.array]:
+        """The arrays allocated, by the names they have in a file."""
+        named = ((name, getattr(self, name)) for name in self._ARRAYS)
+        return {name: a for name, a in named if a is not None}
+
     def _arrays(self) -> list[mx.array]:
-        return [a for a in (getattr(self, name) for name in self._ARRAYS) if a is not None]
+        return list(self.contents().values())
+
+    def saved(self) -> dict[str, mx.array]:
+        """As `contents`, without what lies beyond the last position."""
+        return self.contents()
+
+    def settings(self) -> dict[str, Any]:
+        """What a saved cache and the one it is loaded into must agree on."""
+        return {"kind": self.kind}
+
+    def place(self) -> dict[str, Any]:
+        """Where the cache stands, beside its arrays; what `settle` takes."""
+        return {"offset": self.offset, "left_padding": self.left_padding}
+
+    def settle(self, contents: dict[str, mx.array], place: dict[str, Any]) -> None:
+        """Becomes the cache whose `contents` and `place` these are; for a cache that is still empty."""
+        for name in self._ARRAYS:
+            setattr(self, name, contents.get(name))
+        self._stand_at(place)
+
+    def _stand_at(self, place: dict[str, Any]) -> None:
+        self.offset = place["offset"]
+        self.left_padding = tuple(place["left_padding"]) if place["left_padding"] else None
 
     @property
     def state(self) -> list[mx.array]:
@@ -76,8 +103,14 @@ class LayerCache:
         raise NotImplementedError
 
     def is_trimmable(self, n: int = 1) -> bool:
-        """Whether the last n positions can be taken back exactly."""
+        """Whether the last n positions can be taken back."""
         raise NotImplementedError
+
+    def cut_point(self, position: int) -> int:
+        """The last position up to `position` to which the cache can be shortened; 0 when there is none."""
+        if position >= self.offset:
+            return self.offset
+        return position if self.is_trimmable(self.offset - position) else 0
 
     def trim(self, n: int) -> int:
         """Takes back the last n positions. Returns n, or 0 if they cannot be taken back (nothing is changed then)."""
@@ -99,7 +132,10 @@ class LayerCache:
     def _check_alive(self, snapshot: Snapshot) -> None:
         later = self._truncations[snapshot.stamp :]
         if snapshot.offset > self.offset or any(position < snapshot.offset for _, position in later):
-            raise Gemma4Error(f"the snapshot at position {snapshot.offset} was overwritten; prefill the prompt again")
+            self._gone(snapshot)
+
+    def _gone(self, snapshot: Snapshot) -> NoReturn:
+        raise Gemma4Error(f"the snapshot at position {snapshot.offset} was overwritten; prefill the prompt again")
 
     def status(self) -> str:
         """What was applied, for people: precision, form and size."""
@@ -109,16 +145,15 @@ class LayerCache:
 
 
 def room_for(old: mx.array | None, shape: tuple[int, ...], dtype: mx.Dtype, capacity: int) -> mx.array:
-    """`old` [B, H, T, D] enlarged along T to `capacity`, zeros beyond what it held; [B, H, capacity, D]."""
-    B, H, _, D = shape
+    """`old` [B, H, T, ...] enlarged along T to `capacity`, zeros beyond what it held; `shape` is that of new rows."""
     if old is None:
-        return mx.zeros((B, H, capacity, D), dtype)
-    extra = mx.zeros((B, H, capacity - old.shape[2], D), old.dtype)
+        return mx.zeros((*shape[:2], capacity, *shape[3:]), dtype)
+    extra = mx.zeros((*old.shape[:2], capacity - old.shape[2], *old.shape[3:]), old.dtype)
     return mx.concatenate([old, extra], axis=2)
 
 
 def write_at(buffer: mx.array, values: mx.array, start: int) -> mx.array:
-    """`buffer` with `values` [B, H, L, D] at positions start .. start+L; in place when nothing else holds it."""
+    """`buffer` with `values` [B, H, L, ...] at positions start .. start+L; in place when nothing else holds it."""
     # A new name for the same array: assigning to the one passed in would change it for a snapshot that holds it, too.
     buffer = buffer[:]
     buffer[:, :, start : start + values.shape[2]] = values

@@ -30,6 +30,9 @@ class GrowingCache(LayerCache):
     def size(self) -> int:
         return self.offset
 
+    def saved(self) -> dict[str, mx.array]:
+        return {name: a[:, :, : self.offset] for name, a in self.contents().items()}
+
     def is_trimmable(self, n: int = 1) -> bool:
         return n <= self.offset
 

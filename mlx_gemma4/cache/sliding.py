@@ -14,11 +14,12 @@ stored after RoPE, so the order of slots does not matter to a single query.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import mlx.core as mx
 
-from ..kernels.flash_attention import attend, attend_ring
+from ..kernels.flash_attention import attend
+from ..kernels.sliding_attention import attend_chunk, attend_ring
 from .base import LayerCache, Snapshot, View, room_for, write_at
 
 STEP = 256  # slots added at a time until the ring is full
@@ -32,32 +33,36 @@ class ChunkView:
     values: mx.array
     q_start: int
     k_start: int
-    window: int | None
+    window: int | None  # None: a global layer
     first_visible: mx.array | None
 
     def attend(self, q: mx.array, scale: float = 1.0) -> mx.array:
-        return attend(
-            q,
-            self.keys,
-            self.values,
-            scale=scale,
-            q_start=self.q_start,
-            k_start=self.k_start,
-            window=self.window,
-            first_visible=self.first_visible,
-        )
+        where = {"q_start": self.q_start, "k_start": self.k_start, "first_visible": self.first_visible}
+        if self.window is None:
+            return attend(q, self.keys, self.values, scale=scale, **where)
+        return attend_chunk(q, self.keys, self.values, scale=scale, window=self.window, **where)
 
 
 @dataclass(frozen=True)
 class RingView:
-    """A full or growing ring in storage order, for one query that sees all of it but padding."""
+    """A full or growing ring in storage order, whole buffers, for one query that sees all of it but padding."""
 
     keys: mx.array
     values: mx.array
-    visible: mx.array | None  # boolean [B, T]
+    newest: int  # its position, which is the query's
+    window: int
+    first_visible: mx.array | None  # int [B]; None when no padding is in the ring
 
     def attend(self, q: mx.array, scale: float = 1.0) -> mx.array:
-        return attend_ring(q, self.keys, self.values, scale=scale, visible=self.visible)
+        return attend_ring(
+            q,
+            self.keys,
+            self.values,
+            scale=scale,
+            newest=self.newest,
+            window=self.window,
+            first_visible=self.first_visible,
+        )
 
 
 class SlidingCache(LayerCache):
@@ -90,20 +95,16 @@ class SlidingCache(LayerCache):
         assert self.values is not None
         self.keys = write_at(self.keys, keys, slot)
         self.values = write_at(self.values, values, slot)
-        n = self.size()
-        return RingView(self.keys[:, :, :n], self.values[:, :, :n], self._visible_slots(n))
+        return RingView(self.keys, self.values, position, self.window, self._padding_left())
 
     def _capacity(self, needed: int) -> int:
         return min(self.window, -(-needed // STEP) * STEP)
 
-    def _visible_slots(self, n: int) -> mx.array | None:
-        """Which of the n used slots hold no padding, [B, n]; None when all are real."""
-        if self.left_padding is None or max(self.left_padding) <= self.offset - n:
+    def _padding_left(self) -> mx.array | None:
+        """`first_visible`, or None when every padded position has left the ring."""
+        if self.left_padding is None or max(self.left_padding) <= self.offset - self.size():
             return None
-        newest = self.offset - 1
-        slots = mx.arange(n)
-        positions = newest - (newest - slots) % self.window
-        return positions >= mx.array(self.left_padding)[:, None]
+        return self.first_visible
 
     def _append_chunk(self, keys: mx.array, values: mx.array, start: int) -> ChunkView:
         kept = min(start, self.window - 1)
@@ -140,9 +141,15 @@ class SlidingCache(LayerCache):
         # Holding the arrays is enough: MLX copies an array that is written to while something else holds it.
         return Snapshot(self.offset, len(self._truncations), tuple(self._arrays()))
 
+    def _check_alive(self, snapshot: Snapshot) -> None:
+        pass  # it holds all it needs
+
     def restore(self, snapshot: Snapshot) -> None:
         self.keys, self.values = snapshot.arrays if snapshot.arrays else (None, None)
         self.offset = snapshot.offset
+
+    def settings(self) -> dict[str, Any]:
+        return super().settings() | {"window": self.window}
 
     def status(self) -> str:
         return f"{super().status()}, window {self.window}"

@@ -1,9 +1,11 @@
 """The outer model: what `load` returns and what mlx-lm's and our own generation loops call.
 
-Owns the names of the MLX shard layout (`language_model.model.*`) and the public calls. The decoder is in `text.py`;
-vision and audio towers are not part of the graph yet, and their tensors are left out by `sanitize`.
+Owns the names of the MLX shard layout (`language_model.model.*`) and the public calls. The decoder is in `text.py`,
+the towers in `vision.py` and `audio.py`; `sanitize` leaves out the tensors of towers the graph was not asked to have.
 """
 
+import dataclasses
+import hashlib
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -11,11 +13,14 @@ import mlx.nn as nn
 
 from ..cache import LayerCache
 from ..config import Gemma4Config, TextConfig
-from ..conversions.names import sanitize
-from ..errors import UsageError
+from ..config_audio import AudioConfig
+from ..config_vision import VisionConfig
+from ..conversions.names import TOWERS, sanitize
+from ..kv_bits import PLAIN, request
+from ..ple_disk import DiskTable
+from .audio import AudioProjector, AudioTower, channels_last
 from .text import DecoderLayer, LanguageModel
-
-KV_BITS = (16,)  # what `make_cache` accepts; compressed caches join here
+from .vision import VisionProjector, VisionTower
 
 
 class Model(nn.Module):
@@ -26,11 +31,20 @@ class Model(nn.Module):
     >>> logits = model(tokens, cache=cache)       # the cache now holds L positions
     """
 
-    def __init__(self, config: Gemma4Config):
+    def __init__(self, config: Gemma4Config, towers: bool = False):
         super().__init__()
         self.config = config
         self.model_type = config.model_type
         self.language_model = LanguageModel(config.text)
+        if towers and config.vision is not None:
+            vision = VisionConfig.from_dict(config.vision)
+            self.vision_tower = VisionTower(vision)
+            self.embed_vision = VisionProjector(vision, config.text.hidden_size)
+        if towers and config.audio is not None:
+            audio = AudioConfig.from_dict(config.audio)
+            self.audio_tower = AudioTower(audio)
+            self.embed_audio = AudioProjector(audio, config.text.hidden_size)
+        self.kv_bits: float = PLAIN  # of caches for which no other number is asked
 
     def __call__(
         self,
@@ -47,23 +61,51 @@ class Model(nn.Module):
         padding = tuple(left_padding) if left_padding is not None and any(left_padding) else None
         return self.language_model(tokens, cache, padding, input_embeddings)
 
-    def make_cache(self, kv_bits: float = 16, left_padding: Sequence[int] | None = None) -> list[LayerCache]:
+    def make_cache(
+        self,
+        kv_bits: float | None = None,
+        left_padding: Sequence[int] | None = None,
+        *,
+        kv_key_bits: float | None = None,
+        kv_value_bits: float | None = None,
+        kv_bits_sliding: float | None = None,
+        kv_mode: str | None = None,
+    ) -> list[LayerCache]:
         """An empty cache per layer that keeps keys and values of its own (sharing layers have none).
 
-        Raises UsageError when `kv_bits` is not available.
+        kv_bits: bits per number in global layers, one of `kv_bits.BITS`; 16 keeps them as they are computed, None is
+        what `load` was given. kv_key_bits, kv_value_bits: for keys and values apart. kv_bits_sliding: the same for the
+        rings of sliding layers, exact by default. kv_mode: how codes are found, see `kernels/turboquant.py`.
+
+        Raises UsageError for a value that is not allowed, and for a request that reaches no layer of this model.
         """
-        if kv_bits not in KV_BITS:
-            raise UsageError(
-                f"kv_bits {kv_bits} is not available in this version; allowed: {', '.join(map(str, KV_BITS))}"
-            )
-        return self.language_model.make_cache(left_padding)
+        both = self.kv_bits if kv_bits is None else kv_bits
+        bits = request(both, kv_key_bits, kv_value_bits, kv_bits_sliding, kv_mode)
+        return self.language_model.make_cache(left_padding, bits)
+
+    @property
+    def cache_identity(self) -> str:
+        """What `cache.save` and `cache.load` call this model: a hash of the graph's shapes, not of its weights."""
+        text = dataclasses.replace(self.config.text, max_position_embeddings=0)  # the graph does not depend on it
+        return f"{self.model_type} {hashlib.sha256(repr(text).encode()).hexdigest()[:16]}"
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        return sanitize(weights, self.config)
+        return channels_last(sanitize(weights, self.config, self.towers))
+
+    @property
+    def towers(self) -> tuple[str, ...]:
+        """The prefixes of `names.TOWERS` that this graph has."""
+        return tuple(prefix for prefix in TOWERS if prefix.removesuffix(".") in self)
 
     def private_arrays(self) -> list[mx.array]:
         """Arrays `parameters()` does not list, to be evaluated with them so that any thread may run the model."""
         return [t for rope in self.language_model.model._ropes.values() for t in rope._table or ()]
+
+    @property
+    def disk_table(self) -> DiskTable | None:
+        """The per-layer embedding table where it was left in its file (`load(..., ple="disk")`)."""
+        table = getattr(self.language_model.model, "embed_tokens_per_layer", None)
+        return table if isinstance(table, DiskTable) else None
 
     @property
     def layers(self) -> list[DecoderLayer]:

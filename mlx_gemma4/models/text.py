@@ -13,8 +13,23 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..cache import ChunkView, GlobalCache, KeyForm, LayerCache, OneVectorCache, SlidingCache, View
+from ..cache import (
+    ChunkView,
+    CompressedCache,
+    CompressedOneVectorCache,
+    CompressedSlidingCache,
+    GlobalCache,
+    KeyForm,
+    LayerCache,
+    OneVectorCache,
+    SlidingCache,
+    View,
+)
+from ..cache.compressed_one_vector import rotated_width
 from ..config import GLOBAL, SLIDING, TextConfig
+from ..kernels.turboquant import codec
+from ..kv_bits import EXACT, KvBits, check_reach
+from ..ple_disk import DiskTable
 from .fused import geglu, soft_cap
 from .moe import Experts, Router
 from .rope import Rope
@@ -72,14 +87,14 @@ class Attention(nn.Module):
         if self.k_is_v:
             vectors = mx.fast.rms_norm(raw, None, self.eps).swapaxes(1, 2)
             form = KeyForm(self.k_norm.weight, self._rope)
-            if isinstance(cache, OneVectorCache):
+            if isinstance(cache, OneVectorCache | CompressedOneVectorCache):
                 return cache.append(vectors, form)
             keys, values = form.keys(vectors, *table), vectors
         else:
             keys = self._rope.rotate(self.k_norm(raw).swapaxes(1, 2), *table)
             values = self.v_proj(x).reshape(B, L, self.kv_heads, self.width)
             values = mx.fast.rms_norm(values, None, self.eps).swapaxes(1, 2)
-        if isinstance(cache, SlidingCache | GlobalCache):
+        if isinstance(cache, SlidingCache | GlobalCache | CompressedCache | CompressedSlidingCache):
             return cache.append(keys, values)
         padding = None if step.left_padding is None else mx.array(step.left_padding)
         return ChunkView(keys, values, 0, 0, self.window, padding)
@@ -166,7 +181,9 @@ class TextModel(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if config.hidden_size_per_layer_input:
             all_layers = config.num_hidden_layers * config.hidden_size_per_layer_input
-            self.embed_tokens_per_layer = nn.Embedding(config.vocab_size_per_layer_input, all_layers)
+            self.embed_tokens_per_layer: nn.Embedding | DiskTable = nn.Embedding(
+                config.vocab_size_per_layer_input, all_layers
+            )
             self.per_layer_model_projection = nn.Linear(config.hidden_size, all_layers, bias=False)
             self.per_layer_projection_norm = nn.RMSNorm(config.hidden_size_per_layer_input, eps=config.rms_norm_eps)
 
@@ -247,14 +264,29 @@ class LanguageModel(nn.Module):
         cap = self.config.final_logit_softcapping
         return logits.astype(mx.float32) if cap is None else soft_cap(cap, logits)
 
-    def make_cache(self, left_padding: Sequence[int] | None = None) -> list[LayerCache]:
-        """An empty cache per layer that has keys and values of its own, in layer order."""
-        caches: list[LayerCache] = []
-        for i in range(self.config.first_shared_layer):
-            if self.config.is_sliding(i):
-                caches.append(SlidingCache(self.config.sliding_window, left_padding))
-            elif self.config.k_is_v(i):
-                caches.append(OneVectorCache(left_padding))
-            else:
-                caches.append(GlobalCache(left_padding))
-        return caches
+    def make_cache(self, left_padding: Sequence[int] | None = None, bits: KvBits = EXACT) -> list[LayerCache]:
+        """An empty cache per layer that has keys and values of its own, in layer order.
+
+        Raises UsageError when `bits` asks for a compression that no layer has.
+        """
+        check_reach(bits, self.config)
+        return [self._layer_cache(i, left_padding, bits) for i in range(self.config.first_shared_layer)]
+
+    def _layer_cache(self, layer: int, left_padding: Sequence[int] | None, bits: KvBits) -> LayerCache:
+        config = self.config
+        width = config.width_of(layer)
+        if config.is_sliding(layer):
+            if not bits.compresses_sliding:
+                return SlidingCache(config.sliding_window, left_padding)
+            both = codec(width, bits.sliding, bits.mode)
+            return CompressedSlidingCache(config.sliding_window, both, both, left_padding)
+        if not config.k_is_v(layer):
+            if not bits.compresses_global:
+                return GlobalCache(left_padding)
+            keys, values = (codec(width, b, bits.mode) for b in (bits.keys, bits.values))
+            return CompressedCache(keys, values, left_padding)
+        if not bits.compresses_global:
+            return OneVectorCache(left_padding)
+        rotated = rotated_width(self.model._ropes[GLOBAL].pairs)
+        vectors, turned = (codec(w, bits.keys, bits.mode) for w in (width, rotated))
+        return CompressedOneVectorCache(vectors, turned, left_padding)

@@ -2,8 +2,8 @@
 
     python ship.py OUT ../model [--bits 8]
 
-Owns: the steps after training. The checkpoint is loaded like any other Hugging Face folder, quantized with
-`conversions/quantize.py` and written with `conversions/shards.py`; the template and the model card stay as they are.
+Owns: the steps after training. The checkpoint is converted like any other Hugging Face folder; the template and the
+model card stay as they are.
 """
 
 import argparse
@@ -11,9 +11,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from mlx_gemma4.conversions.quantize import quantize_model
-from mlx_gemma4.conversions.shards import write_model
-from mlx_gemma4.loading import load
+from mlx_gemma4.conversions.convert import convert
+from mlx_gemma4.conversions.recipe import uniform
 
 KEPT = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 LIMIT = 6_000_000
@@ -26,11 +25,9 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=8)
     parser.add_argument("--group-size", type=int, default=64)
     args = parser.parse_args()
-    model, _ = load(str(args.checkpoint), dtype="bfloat16")
-    record = quantize_model(model, args.bits, args.group_size)
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "made"
-        write_model(model, args.checkpoint, made, record, "bfloat16")
+        convert(args.checkpoint, made, recipe=uniform(args.bits, args.group_size), dtype="bfloat16")
         args.target.mkdir(parents=True, exist_ok=True)
         for name in KEPT:
             shutil.copy(made / name, args.target / name)

@@ -1,0 +1,103 @@
+"""GPTQ on MLX's affine packing: a matrix packed so that its outputs, not its values, change least.
+
+Owns the algorithm for one matrix and the packing of codes into words. Leaves inputs to `compensate.py`.
+
+Columns are rounded in turn; what a column loses is made up for by the columns still to come, weighted by how inputs go
+together (the inverse of H = X'X). Each group's scale and bias are fixed when its first column comes, on the values as
+they are by then: of a few ranges up to the full one, a row takes the one that loses least where H says it counts.
+Scales and biases are rounded to the type they are stored in before any value is coded, so that this error is made up
+for too.
+
+Source: E. Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
+arXiv:2210.17323, with the inverse's Cholesky factor (section 3.3, step 3) and lazy updates by group (step 2).
+"""
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_gemma4.conversions.recipe import Packing
+
+# Added to H's diagonal, as a share of its mean: the paper's own figure. Ten times more where that is not enough.
+DAMPING = 0.01
+# Shares of a group's range; clipping the ends is worth it where it makes the steps finer.
+RANGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
+
+
+def quantize(weight: np.ndarray, hessian: np.ndarray, packing: Packing, dtype: mx.Dtype) -> list[mx.array]:
+    """[words uint32 [out, in * bits / 32], scales, biases [out, in / group_size]], as `mx.quantize` lays them out.
+
+    weight: float32 [out, in]. hessian: X'X float32 [in, in] of the inputs, any scale. packing: affine. dtype: of scales
+    and biases.
+    """
+    weight = np.array(weight, np.float32)
+    group, top = packing.group_size, 2**packing.bits - 1
+    dead = np.diag(hessian) == 0  # inputs that never came: nothing is known, so plain rounding
+    factor = _factor(hessian, dead)
+    codes = np.empty(weight.shape, np.uint32)
+    scales, biases = (np.empty((weight.shape[0], weight.shape[1] // group), np.float32) for _ in range(2))
+    for number, begin in enumerate(range(0, weight.shape[1], group)):
+        end = begin + group
+        part = weight[:, begin:end]
+        scale, bias = _range(part, np.diag(factor)[begin:end], top, dtype)
+        scales[:, number], biases[:, number] = scale, bias
+        errors = np.empty_like(part)
+        for i in range(group):
+            code = np.clip(np.rint((part[:, i] - bias) / scale), 0, top)
+            codes[:, begin + i] = code
+            row = factor[begin + i, begin + i : end]
+            errors[:, i] = (part[:, i] - (scale * code + bias)) / row[0]
+            part[:, i:] -= np.outer(errors[:, i], row)
+        weight[:, end:] -= errors @ factor[begin:end, end:]
+    return [mx.array(pack_codes(codes, packing.bits)), mx.array(scales).astype(dtype), mx.array(biases).astype(dtype)]
+
+
+def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes [rows, columns] as MLX packs them: one stream of bits per row, lowest first, in 32-bit words."""
+    rows = codes.shape[0]
+    stream = (codes[..., None] >> np.arange(bits, dtype=np.uint32)) & 1
+    return np.packbits(stream.astype(np.uint8).reshape(rows, -1), axis=1, bitorder="little").view("<u4")
+
+
+def _factor(hessian: np.ndarray, dead: np.ndarray) -> np.ndarray:
+    """The upper Cholesky factor of the damped inverse. Raises ValueError when H holds no usable numbers."""
+    mean = float(np.mean(np.diag(hessian)))
+    damping = DAMPING
+    while damping <= 1 and np.isfinite(mean) and mean > 0:
+        damped = np.array(hessian, np.float32)
+        damped[np.diag_indices_from(damped)] += damping * mean
+        damped[dead, dead] = mean
+        with mx.stream(mx.cpu):
+            inverse = mx.linalg.cholesky_inv(mx.linalg.cholesky(mx.array(damped)))
+            factor = np.array(mx.linalg.cholesky((inverse + inverse.T) / 2, upper=True))
+        if np.isfinite(factor).all() and (np.diag(factor) > 0).all():
+            return factor
+        damping *= 10
+    raise ValueError("the calibration's inputs hold no usable numbers")
+
+
+def _range(part: np.ndarray, diagonal: np.ndarray, top: int, dtype: mx.Dtype) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and bias per row of a group [out, group_size], as they will be stored, float32 [out] each."""
+    # A range always includes 0, so that what is zero stays zero.
+    low, high = np.minimum(part.min(1), 0), np.maximum(part.max(1), 0)
+    best: Any = None
+    for share in RANGES:
+        scale = _stored(np.where(high > low, (high - low) * share / top, 1.0), dtype)
+        zero = np.rint(-low * share / scale)
+        bias = _stored(-zero * scale, dtype)
+        code = np.clip(np.rint((part - bias[:, None]) / scale[:, None]), 0, top)
+        lost = (((part - (scale[:, None] * code + bias[:, None])) / diagonal) ** 2).sum(1)
+        if best is None:
+            best = [lost, scale, bias]
+            continue
+        better = lost < best[0]
+        for kept, new in zip(best, (lost, scale, bias), strict=True):
+            kept[better] = new[better]
+    return best[1], best[2]
+
+
+def _stored(values: np.ndarray, dtype: mx.Dtype) -> np.ndarray:
+    """float32 numbers rounded to `dtype`; a scale too small for float16 becomes its smallest number, never zero."""
+    rounded = np.array(mx.array(values.astype(np.float32)).astype(dtype).astype(mx.float32))
+    return np.where((rounded == 0) & (values > 0), np.float32(2.0**-24), rounded)

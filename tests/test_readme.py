@@ -30,8 +30,8 @@ def test_the_first_two_shell_blocks_are_the_two_commands():
         assert block.count("\n") == 1, "one line each"
         assert block.startswith("python3 -m venv .venv && .venv/bin/pip install "), "works without an environment"
     assert ".venv/bin/gemma4 chat " in first
-    assert second.rstrip().endswith("-m pytest"), "all tests, no selection"
-    assert "torch" not in second and "dev" not in shlex.split(second)[-4]
+    assert second.rstrip().endswith("-m pytest -n auto"), "all tests, no selection"
+    assert "torch" not in second and "dev" not in second
 
 
 def test_ci_runs_those_two_commands():

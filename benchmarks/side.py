@@ -40,6 +40,7 @@ class Side:
         else:
             raise SystemExit(f"unknown side {name}; choose ours, mlx-lm or mlx-vlm")
         self.dtype = getattr(mx, self.config["dtype"])
+        self.config = self.config.get("text_config", self.config)
         self.caches: dict[int, Any] = {}
 
     def logits(self, tokens: mx.array, cache: Any) -> mx.array:

@@ -35,7 +35,7 @@ def test_import_loads_nothing_heavy(clean_python):
     assert out.strip() == "[]"
 
 
-@pytest.mark.parametrize("arguments", ["--help", "chat --help", "generate --help", "cache-size --help", "--version"])
+@pytest.mark.parametrize("arguments", ["--help", "chat --help", "generate --help", "cache-size --help", "kv-check --help", "convert --help", "--version"])
 def test_help_loads_nothing_heavy(clean_python, arguments):
     code = LOADED + (
         "import sys\n"

@@ -35,7 +35,10 @@ def test_import_loads_nothing_heavy(clean_python):
     assert out.strip() == "[]"
 
 
-@pytest.mark.parametrize("arguments", ["--help", "chat --help", "generate --help", "cache-size --help", "kv-check --help", "convert --help", "--version"])
+COMMANDS = ("chat", "generate", "convert", "verify", "cache-size", "kv-check", "info", "list")
+
+
+@pytest.mark.parametrize("arguments", ["--help", "--version", *(f"{command} --help" for command in COMMANDS)])
 def test_help_loads_nothing_heavy(clean_python, arguments):
     code = LOADED + (
         "import sys\n"

@@ -12,7 +12,8 @@ import numpy as np
 import recipe
 
 from mlx_gemma4.config_audio import AudioConfig
-from mlx_gemma4.models.audio import AudioProjector, AudioTower, channels_last
+from mlx_gemma4.models.audio import AudioTower, channels_last
+from mlx_gemma4.models.tower_parts import Projector
 
 FOLDER = Path(__file__).parent / "fixtures" / "audio"
 TEXT_WIDTH = 32
@@ -103,10 +104,10 @@ def weights(case: str, seed: int = 0) -> dict[str, np.ndarray]:
     return out
 
 
-def build(case: str, seed: int = 0, dtype: mx.Dtype = mx.float32) -> tuple[AudioTower, AudioProjector]:
+def build(case: str, seed: int = 0, dtype: mx.Dtype = mx.float32) -> tuple[AudioTower, Projector]:
     """Our tower and projector on these weights."""
     config = AudioConfig.from_dict(CASES[case])
-    tower, projector = AudioTower(config), AudioProjector(config, TEXT_WIDTH)
+    tower, projector = AudioTower(config), Projector(config.output_proj_dims, TEXT_WIDTH, config.rms_norm_eps)
     found = channels_last({name: mx.array(value).astype(dtype) for name, value in weights(case, seed).items()})
     for module, prefix in ((tower, "audio_tower."), (projector, "embed_audio.")):
         mine = [(n.removeprefix(prefix), v) for n, v in found.items() if n.startswith(prefix)]

@@ -24,8 +24,9 @@ from mlx_gemma4.conversions.convert import convert
 from mlx_gemma4.conversions.names import to_mlx_name
 from mlx_gemma4.errors import ConfigError, UsageError, WeightsError
 from mlx_gemma4.media.audio import ProcessedClip, Sound, clips_of
-from mlx_gemma4.models.audio import AudioProjector, AudioTower, channels_last, encode_clips
+from mlx_gemma4.models.audio import AudioTower, channels_last, encode_clips
 from mlx_gemma4.models.gemma4 import Model
+from mlx_gemma4.models.tower_parts import Projector
 
 REFERENCE = np.load(cases.FOLDER / "towers.npz")
 # Of the root mean square; float32 itself is 3e-6 from float64 here.
@@ -230,4 +231,6 @@ def test_published_configurations(size):
     assert parsed == AudioConfig() == AudioConfig.from_dict(json.loads(json.dumps(raw)))
     assert parsed.window == 12 and parsed.head_dim == 128
     tower = AudioTower(parsed)
-    assert len(tower.layers) == 12 and AudioProjector(parsed, 1536).embedding_projection.weight.shape == (1536, 1536)
+    assert len(tower.layers) == 12 and Projector(
+        parsed.output_proj_dims, 1536, parsed.rms_norm_eps
+    ).embedding_projection.weight.shape == (1536, 1536)

@@ -12,7 +12,8 @@ import numpy as np
 import recipe
 
 from mlx_gemma4.config_vision import VisionConfig
-from mlx_gemma4.models.vision import VisionProjector, VisionTower
+from mlx_gemma4.models.tower_parts import Projector
+from mlx_gemma4.models.vision import VisionTower
 
 FOLDER = Path(__file__).parent / "fixtures" / "vision"
 TEXT_WIDTH = 32
@@ -85,9 +86,9 @@ def weights(case: str, seed: int = 0) -> dict[str, np.ndarray]:
     return out
 
 
-def build(case: str, seed: int = 0, dtype: mx.Dtype = mx.float32) -> tuple[VisionTower, VisionProjector]:
+def build(case: str, seed: int = 0, dtype: mx.Dtype = mx.float32) -> tuple[VisionTower, Projector]:
     config = VisionConfig.from_dict(CASES[case])
-    tower, projector = VisionTower(config), VisionProjector(config, TEXT_WIDTH)
+    tower, projector = VisionTower(config), Projector(config.hidden_size, TEXT_WIDTH, config.rms_norm_eps)
     parts: dict[str, list] = {"vision_tower": [], "embed_vision": []}
     for name, value in weights(case, seed).items():
         part, _, rest = name.partition(".")

@@ -20,7 +20,7 @@ import numpy as np
 from ..config_audio import MEL_BINS, AudioConfig
 from ..errors import UsageError
 from .fused import fused, soft_cap
-from .vision import ClippedLinear
+from .tower_parts import ClippedLinear
 
 if TYPE_CHECKING:
     from ..media.audio import ProcessedClip
@@ -252,22 +252,6 @@ class AudioTower(nn.Module):
         distance = mx.arange(W, 2 * W)[:, None] - mx.arange(2 * W)
         near = (distance >= 0) & (distance < self.config.window)
         return (keys[:, :, None] & near)[:, None]
-
-
-class AudioProjector(nn.Module):
-    """The tower's features as embeddings of the text decoder (`embed_audio`).
-
-    Source: transformers `Gemma4MultimodalEmbedder`.
-    """
-
-    def __init__(self, config: AudioConfig, hidden_size: int):
-        super().__init__()
-        self.eps = config.rms_norm_eps
-        self.embedding_projection = nn.Linear(config.output_proj_dims, hidden_size, bias=False)
-
-    def __call__(self, features: mx.array) -> mx.array:
-        """[..., output_proj_dims] -> [..., hidden_size]; not to be scaled like word embeddings."""
-        return self.embedding_projection(mx.fast.rms_norm(features, None, self.eps))
 
 
 def channels_last(weights: dict[str, mx.array]) -> dict[str, mx.array]:

@@ -18,9 +18,10 @@ from ..config_vision import VisionConfig
 from ..conversions.names import TOWERS, sanitize
 from ..kv_bits import PLAIN, request
 from ..ple_disk import DiskTable
-from .audio import AudioProjector, AudioTower, channels_last
+from .audio import AudioTower, channels_last
 from .text import DecoderLayer, LanguageModel
-from .vision import VisionProjector, VisionTower
+from .tower_parts import Projector
+from .vision import VisionTower
 
 
 class Model(nn.Module):
@@ -39,11 +40,11 @@ class Model(nn.Module):
         if towers and config.vision is not None:
             vision = VisionConfig.from_dict(config.vision)
             self.vision_tower = VisionTower(vision)
-            self.embed_vision = VisionProjector(vision, config.text.hidden_size)
+            self.embed_vision = Projector(vision.hidden_size, config.text.hidden_size, vision.rms_norm_eps)
         if towers and config.audio is not None:
             audio = AudioConfig.from_dict(config.audio)
             self.audio_tower = AudioTower(audio)
-            self.embed_audio = AudioProjector(audio, config.text.hidden_size)
+            self.embed_audio = Projector(audio.output_proj_dims, config.text.hidden_size, audio.rms_norm_eps)
         self.kv_bits: float = PLAIN  # of caches for which no other number is asked
 
     def __call__(

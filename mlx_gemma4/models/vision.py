@@ -1,8 +1,8 @@
 """The vision tower: patches of pictures to features, and features to the text decoder's embeddings.
 
-Owns `VisionTower`, the projector `embed_vision`, and `encode_images`, which runs both over pictures of any sizes
-within bounded memory. Leaves pixels to `media/images.py`, the configuration to `config_vision.py` and the place of a
-picture's tokens in a prompt to the caller.
+Owns `VisionTower` and `encode_images`, which runs it and the projector over pictures of any sizes within bounded
+memory. Leaves the projector to `tower_parts.py`, pixels to `media/images.py`, the configuration to `config_vision.py`
+and the place of a picture's tokens in a prompt to the caller.
 
 Axes: N patches of all pictures of a pass, one after the other; H heads, D head width, E width of the tower. Pictures
 are never padded: linears and norms see one long row of patches, attention sees each picture alone. Attribute names are
@@ -22,8 +22,9 @@ import numpy as np
 from ..config import RopeConfig
 from ..config_vision import VisionConfig
 from ..errors import UsageError
-from .fused import fused, geglu
+from .fused import geglu
 from .rope import Rope, rotate_pairs
+from .tower_parts import ClippedLinear
 
 if TYPE_CHECKING:
     from ..media.images import ProcessedImage
@@ -36,32 +37,6 @@ Table = tuple[mx.array, mx.array]  # cos and sin, float32 [N, 1, 2, D/4]: angles
 MAX_PATCHES = 10_080
 # Attention scores computed in one go where MLX has no kernel that keeps them out of memory (256 MB in float32).
 MAX_SCORES = 1 << 26
-
-
-class ClippedLinear(nn.Module):
-    """A linear without bias that clamps input and output where the checkpoint has bounds for it.
-
-    Source: `Gemma4ClippableLinear`.
-    """
-
-    def __init__(self, inputs: int, outputs: int, clipped: bool):
-        super().__init__()
-        self.linear = nn.Linear(inputs, outputs, bias=False)
-        self.clipped = clipped
-        if clipped:
-            self.input_min, self.input_max = mx.array(-mx.inf), mx.array(mx.inf)
-            self.output_min, self.output_max = mx.array(-mx.inf), mx.array(mx.inf)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        if not self.clipped:
-            return self.linear(x)
-        x = self.linear(_clamp(x, self.input_min, self.input_max))
-        return _clamp(x, self.output_min, self.output_max)
-
-
-@fused
-def _clamp(x: mx.array, low: mx.array, high: mx.array) -> mx.array:
-    return mx.minimum(mx.maximum(x, low), high)
 
 
 class PatchEmbedder(nn.Module):
@@ -207,22 +182,6 @@ class VisionTower(nn.Module):
         if self.config.standardize:
             pooled = (pooled - self.std_bias.astype(mx.float32)) * self.std_scale.astype(mx.float32)
         return pooled.astype(x.dtype)
-
-
-class VisionProjector(nn.Module):
-    """The tower's features as embeddings of the text decoder (`embed_vision`).
-
-    Source: `Gemma4MultimodalEmbedder`.
-    """
-
-    def __init__(self, config: VisionConfig, hidden_size: int):
-        super().__init__()
-        self.eps = config.rms_norm_eps
-        self.embedding_projection = nn.Linear(config.hidden_size, hidden_size, bias=False)
-
-    def __call__(self, features: mx.array) -> mx.array:
-        """[tokens, E] -> [tokens, hidden_size]; not to be scaled like word embeddings."""
-        return self.embedding_projection(mx.fast.rms_norm(features, None, self.eps))
 
 
 def encode_images(

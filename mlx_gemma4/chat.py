@@ -1,7 +1,7 @@
 """A conversation: messages in, typed events out, and one prompt cache kept between turns.
 
-Owns the history and what happens to it when an answer is interrupted. Leaves rendering and parsing to
-`turns.py`, computing to `generation.py`, and what of a prompt need not be computed again to `reuse.py`.
+Owns the history and what happens to it when an answer is interrupted. Leaves parsing to `turns.py`, rendering, pictures
+and sound to `senses.py`, computing to `generation.py`, and what of a prompt need not be computed again to `reuse.py`.
 
 The prompt of every turn is the whole conversation, rendered afresh by the checkpoint's own template; the
 cache only saves time. So nothing that happens to the cache can change what the model reads.
@@ -9,7 +9,7 @@ cache only saves time. So nothing that happens to the cache can change what the 
 
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -18,10 +18,15 @@ import mlx.core as mx
 
 from .errors import UsageError
 from .generation import context_limit, generate_step, prefill, token_budget
+from .media.content import Content
+from .media.items import MediaSettings
+from .media.prompt import Prompt
+from .media.store import FeatureStore
 from .reuse import PromptMemory, common_prefix
 from .sampling import Sampler, Sampling
+from .senses import Senses
 from .tokenizer import Tokenizer
-from .turns import Event, TurnParser, render
+from .turns import Event, TurnParser
 
 # Called with (prompt tokens computed, prompt tokens to compute); False cancels.
 Progress = Callable[[int, int], Any]
@@ -85,9 +90,12 @@ class Chat:
     sampling: None takes the checkpoint's own settings (generation_config.json).
     kv_bits, kv_key_bits, kv_value_bits, kv_bits_sliding, kv_mode: how the cache keeps what it remembers, for
     `model.make_cache`; None is the model's own. `set_kv` changes them.
+    media: how pictures, sound and video become tokens; None leaves it to the model, which must be loaded with its
+    towers. features: what the towers made is kept there; None makes a store of this chat's own.
 
-    `thinking` and `sampling` may be assigned between turns. `messages` holds the "user" and "assistant"
-    messages in the template's form; an assistant's thought is under "reasoning_content".
+    `thinking`, `sampling` and `senses.settings` may be assigned between turns. `messages` holds the "user" and
+    "assistant" messages in the template's form; an assistant's thought is under "reasoning_content", and pictures and
+    sounds are `Item`s, so a file may change or go.
 
     One turn at a time; `cancel` may come from anywhere.
     """
@@ -106,6 +114,8 @@ class Chat:
         kv_bits_sliding: float | None = None,
         kv_mode: str | None = None,
         prefill_step_size: int = 2048,
+        media: MediaSettings | None = None,
+        features: FeatureStore | None = None,
     ):
         self.messages: list[dict[str, Any]] = []
         self.system = system
@@ -114,6 +124,7 @@ class Chat:
         self.stats: Stats | None = None  # of the last turn
         self._model = model
         self._tokenizer = tokenizer
+        self.senses = Senses(model, tokenizer, media, features)
         self._prefill_step_size = prefill_step_size
         self._sampler: tuple[Sampling, Sampler] | None = None
         self._cancelled = threading.Event()
@@ -126,30 +137,41 @@ class Chat:
             kv_mode=kv_mode,
         )
 
-    def stream(self, text: str, *, progress: Progress | None = None) -> Generator[ChatEvent, None, None]:
-        """Answers `text`, one event at a time; the last is `Done`.
+    def stream(
+        self,
+        message: Content | Sequence[dict[str, Any]],
+        *,
+        images: Sequence[Any] = (),
+        audio: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
+        progress: Progress | None = None,
+    ) -> Generator[ChatEvent, None, None]:
+        """Answers `message`, one event at a time; the last is `Done`.
+
+        message: text, or text and media in a list of parts, see `media/content.py`. images, audio, videos: sources
+        that come before it, as in {"type": "image", "image": source}; a sound's samples as (array, rate).
 
         progress(done, total) is called before, between and after the prompt's chunks, in tokens that had to
         be computed; False cancels.
 
         `cancel()`, or closing the iterator, stops within a token. What was said until then stays in the
         history as the answer; if nothing was said, the message is taken back too, so that it can be sent
-        again. The same holds when this raises: ContextError when the conversation no longer fits, UsageError
-        when another turn is running, TokenizerError when there is no template, and whatever the model runs
-        into.
+        again. The same holds when this raises: ContextError when the conversation no longer fits, MediaError when a
+        source cannot be read, UsageError when the model cannot take it or another turn is running, TokenizerError when
+        there is no template, and whatever the model runs into.
         """
         if not self._busy.acquire(blocking=False):
             raise UsageError("this chat is still answering; cancel() it or wait before the next message")
         try:
             self._cancelled.clear()
-            yield from self._turn(text, progress or (lambda done, total: None))
+            content = self.senses.load(message, images, audio, videos)
+            yield from self._turn(content, progress or (lambda done, total: None))
         finally:
             self._busy.release()
 
-    def send(self, text: str, *, progress: Progress | None = None) -> str:
-        """The whole answer to `text` without thoughts; its figures are in `stats`. Raises what `stream`
-        raises."""
-        return "".join(e.text for e in self.stream(text, progress=progress) if isinstance(e, Text))
+    def send(self, message: Content | Sequence[dict[str, Any]], **options: Any) -> str:
+        """The whole answer without thoughts; its figures are in `stats`. Takes and raises what `stream` does."""
+        return "".join(e.text for e in self.stream(message, **options) if isinstance(e, Text))
 
     def cancel(self) -> None:
         """Stops the running turn before its next token or prefill chunk. From any thread or a signal
@@ -200,23 +222,23 @@ class Chat:
         """What each layer's cache applies, one line each."""
         return self._memory.status()
 
-    def _turn(self, text: str, progress: Progress) -> Generator[ChatEvent, None, None]:
+    def _turn(self, content: Content, progress: Progress) -> Generator[ChatEvent, None, None]:
         sampling = self.sampling
-        user = {"role": "user", "content": text}
+        user = {"role": "user", "content": content}
         system = [{"role": "system", "content": self.system}] if self.system else []
         conversation = [*system, *self.messages, user]
-        prompt = render(self._tokenizer, conversation, self.thinking)
+        prompt = self.senses.prompt(conversation, self.thinking)
         budget = token_budget(self._model, None, len(prompt), sampling.max_tokens)
         # History comes back without its thoughts and without whatever else opened an answer, so the next
         # prompt is sure to agree with this one up to the end of the user's turn: there the memory keeps a way
         # back.
-        fixed = render(self._tokenizer, conversation, self.thinking, add_generation_prompt=False)
-        boundary = min(common_prefix(prompt, fixed), len(prompt) - 1)
+        fixed = self.senses.prompt(conversation, self.thinking, add_generation_prompt=False)
+        boundary = min(common_prefix(prompt.keys, fixed.keys), len(prompt) - 1)
 
         self.messages.append(user)
         started = time.perf_counter()
-        cached = self._memory.reuse(prompt)
-        parser = TurnParser.after_prompt(self._tokenizer, prompt)
+        cached = self._memory.reuse(prompt.keys)
+        parser = TurnParser.after_prompt(self._tokenizer, prompt.ids)
         said: list[Event] = []
         count, reason = 0, "cancelled"
         prompt_seconds = generation_seconds = 0.0
@@ -261,7 +283,7 @@ class Chat:
 
     def _compute(
         self,
-        prompt: list[int],
+        prompt: Prompt,
         cached: int,
         boundary: int,
         sampling: Sampling,
@@ -271,23 +293,27 @@ class Chat:
         False."""
         memory, tokens = self._memory, []
         try:
-            if report(cached) and boundary > cached:
-                part, begin = mx.array(prompt[cached:boundary]), cached
+            going = report(cached)
+            media = self.senses.encode(prompt, cached) if going else None
+            if going and boundary > cached:
+                part, begin = mx.array(prompt.ids[cached:boundary]), cached
                 step = self._prefill_step_size
-                cached += prefill(self._model, part, memory.cache, step, lambda n: report(begin + n))
-                memory.hold(prompt)
+                cached += prefill(self._model, part, memory.cache, step, lambda n: report(begin + n), media)
+                memory.hold(prompt.keys)
+                media = media and media.after(cached - begin)
                 if cached == boundary:
                     memory.mark()
             if self._cancelled.is_set():
                 return
             steps = generate_step(
-                mx.array(prompt[cached:]),
+                mx.array(prompt.ids[cached:]),
                 self._model,
                 max_tokens=sampling.max_tokens,
                 sampler=self._sampler_for(sampling),
                 logits_processors=sampling.logits_processors(),
                 prompt_cache=memory.cache,
-                prior_tokens=prompt[:cached],
+                prior_tokens=prompt.ids[:cached],
+                media=media,
                 prefill_step_size=self._prefill_step_size,
                 prompt_progress_callback=lambda n, _: report(cached + n),
             )
@@ -302,12 +328,12 @@ class Chat:
             memory.forget()
             raise
         finally:
-            memory.hold([*prompt, *tokens])
+            memory.hold([*prompt.keys, *tokens])
 
     def _remember(self, user: dict[str, Any], said: list[Event], finished: bool) -> None:
         """Puts what was said into the history, or takes the question back when there is nothing."""
         if not finished and not said:
-            self.messages.remove(user)
+            self.messages.pop()
             return
         answer = {"role": "assistant", "content": "".join(e.text for e in said if e.kind == "text")}
         thought = "".join(e.text for e in said if e.kind == "thought")

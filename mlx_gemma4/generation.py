@@ -19,13 +19,17 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from . import ple_disk
 from .errors import ContextError, Gemma4Error, UsageError
+from .media.prompt import Prompt
 from .sampling import LogitsProcessor, Sampler
+
+if TYPE_CHECKING:
+    from .models.merging import Media
 
 # Called with (prompt tokens done, prompt tokens in all); False cancels.
 Progress = Callable[[int, int], Any]
@@ -89,8 +93,11 @@ def prefill(
     cache: list[Any],
     step: int = 2048,
     progress: Callable[[int], Any] | None = None,
+    media: "Media | None" = None,
 ) -> int:
     """Feeds `tokens` [L] to the cache in chunks, without computing logits; returns how many went in.
+
+    media: what of them are pictures or sound; a chunk may be up to a picture longer than `step` then.
 
     progress(done) is called after each chunk; when it returns False the rest is left out. Memory for
     activations is bounded by `step`. Nothing of a chunk is computed but what the caches need: logits are
@@ -98,8 +105,11 @@ def prefill(
     """
     done = 0
     while done < tokens.size:
-        chunk = tokens[done : done + step]
-        model(chunk[None], cache=cache)
+        end = min(done + step, tokens.size)
+        if media is not None:
+            end = min(media.step_end(done, end), tokens.size)
+        chunk = tokens[done:end]
+        model(chunk[None], cache=cache, **_soft(media, done, end))
         mx.eval([c.state for c in cache])
         mx.clear_cache()
         done += chunk.size
@@ -121,6 +131,7 @@ def generate_step(
     kv_bits: float | None = None,
     prefill_step_size: int = 2048,
     prompt_progress_callback: Progress | None = None,
+    media: "Media | None" = None,
 ) -> Generator[tuple[int, mx.array], None, None]:
     """Yields (token, logprobs [V]) without end at stop tokens: closing the generator is the caller's part.
 
@@ -128,8 +139,9 @@ def generate_step(
     log-probabilities [1, V] -> ids [1]; None is greedy. See `make_sampler`. prompt_cache: updated in place;
     None makes one. prior_tokens: what it holds already, which only logits_processors look at (without it they
     would see less of a continued conversation than of the same one computed afresh).
-    prompt_progress_callback(done, total): before, between and after the prompt's chunks; False ends the
-    generator without a token, the cache holding what was done.
+    media: what of the prompt are pictures or sound, from `Senses.encode`. prompt_progress_callback(done, total):
+    before, between and after the prompt's chunks; False ends the generator without a token, the cache holding what
+    was done.
 
     Raises UsageError for arguments out of range, ContextError when the prompt does not fit, Gemma4Error when
     the first logits are not numbers.
@@ -149,8 +161,8 @@ def generate_step(
     if processors and len(prior_tokens) > 0:
         seen = mx.concatenate([mx.array(list(prior_tokens), prompt.dtype), prompt])
 
-    def step(tokens: mx.array) -> tuple[mx.array, mx.array]:
-        logits = model(tokens[None], cache=cache)[:, -1, :]
+    def step(tokens: mx.array, **soft: Any) -> tuple[mx.array, mx.array]:
+        logits = model(tokens[None], cache=cache, **soft)[:, -1, :]
         for process in processors:
             logits = process(seen, logits)
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
@@ -163,11 +175,12 @@ def generate_step(
         going = progress(done, total) is not False
         return going
 
+    last = total - 1 if media is None else media.last_step(total)
     if report(0):
-        prefill(model, prompt[:-1], cache, prefill_step_size, report)
+        prefill(model, prompt[:last], cache, prefill_step_size, report, media)
     if not going:
         return
-    token, logprobs = step(prompt[-1:])
+    token, logprobs = step(prompt[last:], **_soft(media, last, total))
     mx.async_eval(token, logprobs)
     if mx.any(mx.isnan(logprobs)).item():
         raise Gemma4Error("the model's first logits are not numbers (NaN); check the weights with --check")
@@ -197,7 +210,7 @@ def generate_step(
 def stream_generate(
     model: Any,
     tokenizer: Any,
-    prompt: str | Sequence[int] | mx.array,
+    prompt: str | Sequence[int] | mx.array | Prompt,
     max_tokens: int = 256,
     *,
     seed: int | None = None,
@@ -205,13 +218,15 @@ def stream_generate(
 ) -> Generator[GenerationResponse, None, None]:
     """Yields a `GenerationResponse` per token; the last one has a finish_reason.
 
-    prompt: text (encoded with one <bos>) or ids. Sampling is greedy unless a `sampler` is given; the
-    checkpoint's own settings are in `tokenizer.generation_defaults`. seed: restarts a sampler made by
-    `make_sampler`; greedy needs none. The other arguments are `generate_step`'s. Stop tokens
+    prompt: text (encoded with one <bos>), ids, or a `Prompt` with media from `senses.media_prompt`. Sampling is greedy
+    unless a `sampler` is given; the checkpoint's own settings are in `tokenizer.generation_defaults`. seed: restarts a
+    sampler made by `make_sampler`; greedy needs none. The other arguments are `generate_step`'s. Stop tokens
     (`tokenizer.eos_token_ids`) leave no text, other special tokens do.
 
     Raises what `generate_step` raises.
     """
+    runs = prompt.runs if isinstance(prompt, Prompt) else ()
+    prompt = prompt.ids if isinstance(prompt, Prompt) else prompt
     ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
     ids = ids if isinstance(ids, mx.array) else mx.array(list(ids), mx.int32)
     sampler = kwargs.get("sampler")
@@ -220,6 +235,10 @@ def stream_generate(
             raise UsageError("seed works with samplers of make_sampler; give your own sampler its seed yourself")
         sampler.reseed(seed)
     budget = token_budget(model, kwargs.get("prompt_cache"), ids.size, max_tokens)
+    if runs:
+        from .models.merging import encode
+
+        kwargs["media"] = encode(model, runs)
 
     detokenizer = tokenizer.detokenizer
     token, logprobs, count = -1, mx.zeros((0,)), 0
@@ -267,7 +286,7 @@ def stream_generate(
 def generate(
     model: Any,
     tokenizer: Any,
-    prompt: str | Sequence[int] | mx.array,
+    prompt: str | Sequence[int] | mx.array | Prompt,
     verbose: bool = False,
     **kwargs: Any,
 ) -> str:
@@ -284,6 +303,12 @@ def generate(
             f"peak {last.peak_memory:.2f} GB"
         )
     return text
+
+
+def _soft(media: "Media | None", begin: int, end: int) -> dict[str, Any]:
+    """The model's argument for a step over the prompt's positions begin .. end; models of text have none."""
+    soft = None if media is None else media.soft(begin, end)
+    return {} if soft is None else {"media": soft}
 
 
 def _asked(kv_bits: float | None) -> dict[str, float]:

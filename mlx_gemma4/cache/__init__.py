@@ -20,7 +20,7 @@ The functions below act on a model's whole list of caches; `files.py` saves and 
 
 from collections.abc import Sequence
 
-from .base import LayerCache, Snapshot, View
+from .base import LayerCache, Snapshot, View, WindowView
 from .compressed import CompressedCache
 from .compressed_one_vector import CompressedOneVectorCache
 from .compressed_sliding import CompressedSlidingCache
@@ -41,6 +41,7 @@ __all__ = [
     "SlidingCache",
     "Snapshot",
     "View",
+    "WindowView",
     "can_trim",
     "cut_point",
     "load",

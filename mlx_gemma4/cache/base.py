@@ -30,6 +30,14 @@ class View(Protocol):
         ...
 
 
+class WindowView(View, Protocol):
+    """What a step of several positions may see in a sliding layer, where a picture's positions see each other."""
+
+    def attend(self, q: mx.array, scale: float = 1.0, reach: mx.array | None = None) -> mx.array:
+        """As `View.attend`; reach int32 [B, L] from `sliding_attention.block_reach`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A point one cache can go back to. Holds references, no copies."""

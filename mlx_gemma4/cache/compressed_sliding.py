@@ -46,12 +46,12 @@ class CompressedRingView:
     window: int
     left_padding: tuple[int, ...] | None
 
-    def attend(self, q: mx.array, scale: float = 1.0) -> mx.array:
+    def attend(self, q: mx.array, scale: float = 1.0, reach: mx.array | None = None) -> mx.array:
         first_visible = None if self.left_padding is None else mx.array(self.left_padding, mx.int32)
         oldest = max(0, self.q_start - self.window + 1)
         if q.shape[2] > 1:
             keys, values = self._whole_window(oldest)
-            return ChunkView(keys, values, self.q_start, oldest, self.window, first_visible).attend(q, scale)
+            return ChunkView(keys, values, self.q_start, oldest, self.window, first_visible).attend(q, scale, reach)
         exact = attend_partial(
             q,
             self.keys,

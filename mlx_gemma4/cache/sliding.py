@@ -36,11 +36,11 @@ class ChunkView:
     window: int | None  # None: a global layer
     first_visible: mx.array | None
 
-    def attend(self, q: mx.array, scale: float = 1.0) -> mx.array:
+    def attend(self, q: mx.array, scale: float = 1.0, reach: mx.array | None = None) -> mx.array:
         where = {"q_start": self.q_start, "k_start": self.k_start, "first_visible": self.first_visible}
         if self.window is None:
             return attend(q, self.keys, self.values, scale=scale, **where)
-        return attend_chunk(q, self.keys, self.values, scale=scale, window=self.window, **where)
+        return attend_chunk(q, self.keys, self.values, scale=scale, window=self.window, reach=reach, **where)
 
 
 @dataclass(frozen=True)

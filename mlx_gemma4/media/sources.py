@@ -58,6 +58,18 @@ def read_source(
     return data, name
 
 
+def name_of(source: object, otherwise: str) -> str:
+    """What to call a source in a conversation: its file's name, else `otherwise`."""
+    if not isinstance(source, str | os.PathLike):
+        return otherwise
+    text = str(os.fspath(source))
+    if text[:5].lower() == "data:":
+        return otherwise
+    if "://" in text[:10]:
+        text = os.fsdecode(unquote_to_bytes(urlsplit(text).path))
+    return _short(Path(text).name) or otherwise
+
+
 def _read(path: Path, what: str, max_bytes: int) -> bytes:
     name = _short(str(path))
     try:

@@ -19,6 +19,7 @@ from ..conversions.names import TOWERS, sanitize
 from ..kv_bits import PLAIN, request
 from ..ple_disk import DiskTable
 from .audio import AudioTower, channels_last
+from .merging import Soft
 from .text import DecoderLayer, LanguageModel
 from .tower_parts import Projector
 from .vision import VisionTower
@@ -53,14 +54,16 @@ class Model(nn.Module):
         cache: Sequence[LayerCache] | None = None,
         left_padding: Sequence[int] | None = None,
         input_embeddings: mx.array | None = None,
+        media: Soft | None = None,
     ) -> mx.array:
         """tokens int [B, L] -> logits float32 [B, L, V].
 
         Rows of unequal length are padded on the left: `left_padding` says by how much, row by row, in a call without
-        cache; with one, it was said to `make_cache`. Logits at padded positions mean nothing.
+        cache; with one, it was said to `make_cache`. Logits at padded positions mean nothing. media: what of these
+        positions are pictures or sound, see `merging.py`; the tokens there count for nothing.
         """
         padding = tuple(left_padding) if left_padding is not None and any(left_padding) else None
-        return self.language_model(tokens, cache, padding, input_embeddings)
+        return self.language_model(tokens, cache, padding, input_embeddings, media)
 
     def make_cache(
         self,

@@ -9,6 +9,7 @@ Source of truth: transformers 5.23 `modeling_gemma4.py`. Attention scale is 1.0 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,13 +25,16 @@ from ..cache import (
     OneVectorCache,
     SlidingCache,
     View,
+    WindowView,
 )
 from ..cache.compressed_one_vector import rotated_width
 from ..config import GLOBAL, SLIDING, TextConfig
+from ..kernels.sliding_attention import block_reach
 from ..kernels.turboquant import codec
 from ..kv_bits import EXACT, KvBits, check_reach
 from ..ple_disk import DiskTable
 from .fused import geglu, soft_cap
+from .merging import Soft
 from .moe import Experts, Router
 from .rope import Rope
 
@@ -44,6 +48,7 @@ class Step:
     start: int  # position of the first token, padding included
     left_padding: tuple[int, ...] | None
     tables: dict[str, Table]  # cos, sin: [L, pairs], or [B, 1, L, pairs] with padding
+    reach: mx.array | None = None  # how far sliding layers' queries see ahead: `sliding_attention.block_reach`
 
 
 class Attention(nn.Module):
@@ -76,7 +81,10 @@ class Attention(nn.Module):
         q = self._rope.rotate(q, *step.tables[self.kind])
         if view is None:
             view = self._remember(x, step, cache)
-        out = view.attend(q)  # [B, H, L, D]
+        if step.reach is None or self.window is None:
+            out = view.attend(q)  # [B, H, L, D]
+        else:
+            out = cast(WindowView, view).attend(q, reach=step.reach)
         return self.o_proj(out.swapaxes(1, 2).reshape(B, L, -1)), view
 
     def _remember(self, x: mx.array, step: Step, cache: LayerCache | None) -> View:
@@ -193,19 +201,24 @@ class TextModel(nn.Module):
         cache: Sequence[LayerCache] | None = None,
         left_padding: tuple[int, ...] | None = None,
         input_embeddings: mx.array | None = None,
+        media: Soft | None = None,
     ) -> mx.array:
         """tokens int [B, L] -> hidden states after the final norm, [B, L, E].
 
         `input_embeddings` [B, L, E], unscaled, replace the tokens' own in the residual stream; per-layer embeddings
-        still come from `tokens`.
+        still come from `tokens`. `media`: what of the positions are no tokens.
         """
+        if media is not None:
+            tokens = media.replace_ids(tokens, self.config.pad_token_id)
         x = self.embed_tokens(tokens) if input_embeddings is None else input_embeddings
         x = x * self.config.hidden_size**0.5
+        if media is not None:
+            x = media.replace_embeddings(x)
         per_layer = self._per_layer_inputs(tokens, x) if self.config.hidden_size_per_layer_input else None
         # mxfp4, nvfp4 and mxfp8 embeddings come out as bfloat16 whatever the rest computes in. Scale and per-layer
         # inputs are taken in it, as the packages do that write such checkpoints.
         x = x.astype(self.norm.weight.dtype)
-        step = self._step(tokens.shape[1], cache, left_padding)
+        step = self._step(tokens.shape[1], cache, left_padding, media)
 
         views: list[View] = []
         for i, layer in enumerate(self.layers):
@@ -221,7 +234,9 @@ class TextModel(nn.Module):
             views.append(view)
         return self.norm(x)
 
-    def _step(self, L: int, cache: Sequence[LayerCache] | None, left_padding: tuple[int, ...] | None) -> Step:
+    def _step(
+        self, L: int, cache: Sequence[LayerCache] | None, left_padding: tuple[int, ...] | None, media: Soft | None
+    ) -> Step:
         start = cache[0].offset if cache is not None else 0
         if cache is not None:
             left_padding = cache[0].left_padding
@@ -229,7 +244,10 @@ class TextModel(nn.Module):
         if left_padding is not None:
             # Padded positions get 0: they are never seen.
             positions = mx.maximum(positions - mx.array(left_padding)[:, None], 0)[:, None]  # [B, 1, L]
-        return Step(start, left_padding, {kind: rope.angles(positions) for kind, rope in self._ropes.items()})
+        tables = {kind: rope.angles(positions) for kind, rope in self._ropes.items()}
+        # A single position of a picture sees what any other does.
+        blocks = media.blocks if media is not None and L > 1 else None
+        return Step(start, left_padding, tables, None if blocks is None else block_reach(blocks, start))
 
     def _per_layer_inputs(self, tokens: mx.array, x: mx.array) -> mx.array:
         """One P-wide vector per layer and position from the token's own table and from its embedding: [B, L, N, P]."""
@@ -257,9 +275,10 @@ class LanguageModel(nn.Module):
         cache: Sequence[LayerCache] | None = None,
         left_padding: tuple[int, ...] | None = None,
         input_embeddings: mx.array | None = None,
+        media: Soft | None = None,
     ) -> mx.array:
         """tokens int [B, L] -> logits float32 [B, L, V]."""
-        x = self.model(tokens, cache, left_padding, input_embeddings)
+        x = self.model(tokens, cache, left_padding, input_embeddings, media)
         logits = self.model.embed_tokens.as_linear(x) if self.config.tie_word_embeddings else self.lm_head(x)
         cap = self.config.final_logit_softcapping
         return logits.astype(mx.float32) if cap is None else soft_cap(cap, logits)

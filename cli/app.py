@@ -13,7 +13,7 @@ import typer
 
 from mlx_gemma4 import __version__
 
-from . import cache_size, chat, convert, failures, generate, kv_check, models, verify
+from . import cache_size, chat, convert, detect, failures, generate, kv_check, models, verify
 
 app = typer.Typer(
     name="gemma4",
@@ -25,6 +25,7 @@ app = typer.Typer(
 )
 app.command("chat")(chat.command)
 app.command("generate")(generate.command)
+app.command("detect")(detect.command)
 app.command("convert")(convert.command)
 app.command("verify")(verify.command)
 app.command("cache-size")(cache_size.command)

@@ -22,6 +22,7 @@ from .tui.conversion import meter
 from .tui.status import size
 
 if TYPE_CHECKING:
+    from mlx_gemma4.conversions.calibrate import Budget
     from mlx_gemma4.conversions.convert import Prepared
 
 _WHAT, _HOW, _WHERE = "What", "Bits", "Source and target"
@@ -107,14 +108,13 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Progress and result as JSON lines on stdout.")] = False,
 ) -> None:
     """Convert a checkpoint to MLX, quantized. The same command given again goes on where one was interrupted."""
+    from mlx_gemma4.conversions.calibrate import request
     from mlx_gemma4.conversions.convert import convert, prepare
 
     if to is None and not dry_run:
         raise UsageError("--to says which folder to write; give it, or --dry-run")
     if dry_run and upload is not None:
         raise UsageError("--dry-run makes nothing to --upload; leave one of them out")
-    if dry_run and not (target_bits is target_size is calibrate is None):
-        raise UsageError("a calibration reads the weights, and --dry-run reads none; leave one of them out")
     shown = meter(quiet, as_json)
     try:
         if dry_run:
@@ -127,6 +127,7 @@ def command(
                 dtype=dtype,
                 text_only=text_only,
                 revision=revision,
+                calibration=request(target_bits, target_size, calibrate),
                 progress=shown,
                 dry=True,
             )
@@ -167,20 +168,50 @@ def command(
 def _show_plan(prepared: Prepared, as_json: bool) -> None:
     from mlx_gemma4.conversions import estimate
 
-    plan, config = prepared.plan, prepared.config
+    plan, config, allowed = prepared.plan, prepared.config, prepared.budget
     if as_json:
-        print(json.dumps({"recipe": prepared.recipe.name, **estimate.as_record(plan, config)}))
+        record = estimate.as_record(plan, config) if allowed is None else estimate.budget_record(allowed, config)
+        print(json.dumps({"recipe": prepared.recipe.name, **record}))
         return
     print(f"recipe {prepared.recipe.name}: {prepared.recipe.description or 'one choice for every matrix'}")
+    if allowed is not None:
+        _show_budget(prepared, allowed)
+        return
     rows = [["weights", "parameters", "bits", "size", "stored as"]]
     for g in estimate.groups(plan):
         rows.append([g.name, f"{g.parameters:,}", f"{g.bits:.2f}", size(g.nbytes), "; ".join(g.packings)])
     _print(rows, right=(1, 2, 3))
-    file_bytes, count = sum(plan.sizes), len(plan.files)
-    print(f"\nfiles: {size(file_bytes)} in {count}, of {size(plan.source_bytes)} read")
+    print(f"\nfiles: {size(sum(plan.sizes))} in {len(plan.files)}, of {size(plan.source_bytes)} read")
+    _show_download_and_memory(prepared, plan.tensor_bytes)
+
+
+def _show_budget(prepared: Prepared, allowed: Budget) -> None:
+    """What is known without reading weights: what each kind of matrix may get, and what all of them may take."""
+    from mlx_gemma4.conversions import estimate
+
+    rows = [["weights", "parameters", "bits from", "to", "size from", "to"]]
+    for low, high in estimate.ranges(allowed):
+        bits = [f"{low.bits:.2f}", f"{high.bits:.2f}"]
+        rows.append([low.name, f"{low.parameters:,}", *bits, size(low.nbytes), size(high.nbytes)])
+    _print(rows, right=(1, 2, 3, 4, 5))
+    parameters = sum(g.parameters for g, _ in estimate.ranges(allowed))
+    print(
+        f"\nfiles: at most {size(allowed.file_bytes)} ({allowed.file_bytes:,} bytes), "
+        f"{allowed.tensor_bytes * 8 / parameters:.2f} bits per parameter, of {size(allowed.least.source_bytes)} read"
+    )
+    print(
+        "Which matrix gets which bits is found by the calibration, which reads all weights and runs a text through "
+        f"them; this dry run reads none. It keeps about {size(allowed.scratch_bytes)} beside the target meanwhile."
+    )
+    _show_download_and_memory(prepared, allowed.tensor_bytes)
+
+
+def _show_download_and_memory(prepared: Prepared, tensor_bytes: int) -> None:
+    from mlx_gemma4.conversions import estimate
+
     if missing := prepared.source.missing_bytes():
         print(f"to download: {size(missing)}")
-    if table := estimate.resident(plan, config):
+    if table := estimate.resident(tensor_bytes, prepared.config):
         rows = [["in memory at", *(f"{b:g}-bit caches" for b in estimate.KV_BITS)]]
         for context, by_bits in table.items():
             rows.append([f"{context // 1024}K tokens", *("-" if v is None else size(v) for v in by_bits.values())])

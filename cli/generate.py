@@ -18,11 +18,12 @@ from mlx_gemma4.errors import UsageError
 
 from . import failures, options
 from .tui import status
+from .tui.pending import Pending, attached
 from .tui.stream import open_view
 from .tui.turn import show_turn
 
 if TYPE_CHECKING:
-    from mlx_gemma4.chat import ChatEvent
+    from mlx_gemma4.chat import Chat, ChatEvent
     from mlx_gemma4.sampling import Sampling
 
 
@@ -41,6 +42,13 @@ def command(
         bool,
         typer.Option("--raw", help="Continue the text itself: no chat template, no turns.", rich_help_panel="Model"),
     ] = False,
+    image: options.Images = None,
+    audio: options.Audio = None,
+    video: options.Videos = None,
+    image_tokens: options.ImageTokens = None,
+    video_tokens: options.VideoTokens = None,
+    fps: options.Fps = None,
+    max_frames: options.MaxFrames = None,
     max_tokens: options.MaxTokens = None,
     temperature: options.Temperature = None,
     top_p: options.TopP = None,
@@ -82,6 +90,10 @@ def command(
     )
     if raw and (system is not None or think):
         raise UsageError("--raw has no turns, so --system and --think mean nothing with it; leave one of them out")
+    files = options.media_files(image, audio, video)
+    settings = options.media_settings(image_tokens, video_tokens, fps, max_frames)
+    if raw and files:
+        raise UsageError("--raw has no turns, in which pictures, sound or video could stand; leave --raw out")
     text = _whole_prompt(prompt, options.piped_input(), raw)
     if system is not None:
         system = options.checked_text(system, "--system")
@@ -91,18 +103,24 @@ def command(
 
     from . import loader
 
-    loaded, tokenizer = loader.open_model(model, revision=revision, dtype=dtype, check=check, context=context, ple=ple)
+    loaded, tokenizer = loader.open_model(
+        model, revision=revision, dtype=dtype, check=check, context=context, ple=ple, towers=bool(files)
+    )
     if model == options.DEMO and sys.stderr.isatty():
         status.dim(loader.demo_notice())
     sampling = Sampling.from_defaults(tokenizer.generation_defaults, **changes)
+    message: str | list[dict[str, Any]] = text
     if raw:
         answerer: Any = Continuation(loaded, tokenizer, sampling, prefill_step_size, loaded.make_cache(**kv))
     else:
-        answerer = Chat(loaded, tokenizer, system, think, sampling, prefill_step_size=prefill_step_size, **kv)
+        answerer = Chat(
+            loaded, tokenizer, system, think, sampling, prefill_step_size=prefill_step_size, media=settings, **kv
+        )
+        message = _with_files(answerer, files, text, verbose=stats or sys.stderr.isatty())
     kept = _Kept()
     # A raw continuation is text, not necessarily markdown.
     view = kept if as_json else open_view(markdown=not (no_markdown or raw), show_thoughts=think and not hide_thinking)
-    done = show_turn(answerer, text, view, patient=False)
+    done = show_turn(answerer, message, view, patient=False)
     if as_json:
         record = {"model": model, "text": "".join(kept.texts), "thought": "".join(kept.thoughts)}
         print(json.dumps(record | dataclasses.asdict(done.stats), ensure_ascii=False), flush=True)
@@ -121,6 +139,16 @@ def _whole_prompt(argument: str | None, piped: str | None, raw: bool) -> str:
     if not parts:
         raise UsageError('no prompt: give one as argument, gemma4 generate "Why?", or pipe one in')
     return "\n\n".join(parts)
+
+
+def _with_files(chat: Chat, files: list[tuple[str, str]], text: str, *, verbose: bool) -> str | list[dict[str, Any]]:
+    """The message of the files and the text. Says what was done to a file, and if `verbose` also what it costs."""
+    pending = Pending()
+    for kind, source in files:
+        for item in pending.add(chat.senses, kind, source):
+            for line in attached([item]) if verbose else item.notes:
+                status.dim(line)
+    return pending.message(text)
 
 
 class _Kept:

@@ -24,13 +24,20 @@ def open_model(
     check: bool = False,
     context: str | None = None,
     ple: str = "memory",
+    towers: bool = False,
 ) -> tuple[Any, Any]:
-    """(model, tokenizer). Shows a progress bar while downloading. Raises Gemma4Error."""
+    """(model, tokenizer); with towers, also what it sees and hears with, read when it is first used. Shows a progress
+    bar while downloading.
+
+    Raises Gemma4Error.
+    """
     limit = token_count(context, "--context") if context is not None else None
     from mlx_gemma4.loading import load
 
     with busy(f"loading {source}"):
-        model, tokenizer = load(source, revision=revision, dtype=dtype, ple=ple, check=check)
+        # One thread loads and runs here, so weights may wait in their files.
+        lazily = "lazy" if towers else False
+        model, tokenizer = load(source, revision=revision, dtype=dtype, ple=ple, towers=lazily, check=check)
     if limit is not None:
         text = model.config.text
         if limit > text.max_position_embeddings:

@@ -4,18 +4,25 @@ Owns names, help texts and what is refused before a model is loaded. Leaves rang
 `mlx_gemma4.sampling.Sampling` and model names to `mlx_gemma4.loading`.
 """
 
+from __future__ import annotations
+
+import os
 import re
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mlx_gemma4 import kv_bits as kv
 from mlx_gemma4.errors import UsageError
 
+if TYPE_CHECKING:
+    from mlx_gemma4.media.items import MediaSettings
+
 DEMO = "demo"
 
-_MODEL, _SAMPLING, _MEMORY, _SCREEN = "Model", "Sampling", "Memory and speed", "Screen"
+_MODEL, _MEDIA, _SAMPLING = "Model", "Pictures, sound, video", "Sampling"
+_MEMORY, _SCREEN = "Memory and speed", "Screen"
 
 
 def _model_names(typed: str) -> list[str]:
@@ -60,6 +67,42 @@ Think = Annotated[
 ]
 HideThinking = Annotated[bool, typer.Option("--hide-thinking", help="Do not show thoughts.", rich_help_panel=_SCREEN)]
 NoMarkdown = Annotated[bool, typer.Option("--no-markdown", help="Show the text as it comes.", rich_help_panel=_SCREEN)]
+
+_FILES = "May be given several times; comes before the text."
+Images = Annotated[
+    list[str] | None,
+    typer.Option("--image", metavar="FILE", help=f"A picture, or its URL. {_FILES}", rich_help_panel=_MEDIA),
+]
+Audio = Annotated[
+    list[str] | None,
+    typer.Option("--audio", metavar="FILE", help=f"A sound (E2B, E4B). {_FILES}", rich_help_panel=_MEDIA),
+]
+Videos = Annotated[
+    list[str] | None,
+    typer.Option("--video", metavar="FILE", help=f"A clip; E2B and E4B hear it, too. {_FILES}", rich_help_panel=_MEDIA),
+]
+ImageTokens = Annotated[
+    str | None,
+    typer.Option(
+        metavar="N",
+        help="Tokens for a picture at most: 70, 140, 280, 560, 1120, or auto, enough for all its pixels. "
+        "Default: the model's own, 280 for all published ones.",
+        rich_help_panel=_MEDIA,
+    ),
+]
+VideoTokens = Annotated[
+    int | None,
+    typer.Option(metavar="N", help="The same for each frame of a video. Default: 70.", rich_help_panel=_MEDIA),
+]
+Fps = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        help="Frames of a video a second. Default: up to 32 frames spread over the clip.",
+        rich_help_panel=_MEDIA,
+    ),
+]
+MaxFrames = Annotated[int | None, typer.Option(metavar="N", help="Frames of a video at most.", rich_help_panel=_MEDIA)]
 
 _FROM_MODEL = "Default: the model's own."
 MaxTokens = Annotated[
@@ -180,6 +223,49 @@ def kv_options(
     bits = {"kv_bits": kv_bits, "kv_key_bits": keys, "kv_value_bits": values, "kv_bits_sliding": sliding}
     given: dict[str, Any] = {name: float(text) for name, text in bits.items() if text is not None}
     return given if mode is None else given | {"kv_mode": mode}
+
+
+def media_files(images: list[str] | None, audio: list[str] | None, videos: list[str] | None) -> list[tuple[str, str]]:
+    """(kind, source) of the files given: pictures, then videos, then sounds, each in their order.
+
+    Raises MediaError for one that is not there: now, not after a model was loaded.
+    """
+    from mlx_gemma4.media.sources import MediaError
+
+    given = [
+        *(("image", source) for source in images or ()),
+        *(("video", source) for source in videos or ()),
+        *(("audio", source) for source in audio or ()),
+    ]
+    for _, source in given:
+        if not re.match(r"[a-z]{2,}:", source, re.IGNORECASE) and not os.path.exists(os.path.expanduser(source)):
+            raise MediaError(f"there is no file {source}")
+    return given
+
+
+def media_settings(
+    image_tokens: str | None = None,
+    video_tokens: int | None = None,
+    fps: float | None = None,
+    max_frames: int | None = None,
+) -> MediaSettings:
+    """What the options say about media. URLs are fetched: here somebody wrote them. Raises UsageError."""
+    from mlx_gemma4.media.images import TOKEN_BUDGETS
+    from mlx_gemma4.media.items import MediaSettings
+
+    allowed = ", ".join(map(str, TOKEN_BUDGETS[:-1]))
+    budget: Any = image_tokens.strip().lower() if image_tokens is not None else None
+    if budget not in (None, "auto"):
+        budget = int(budget) if budget.isdecimal() else None
+        if budget not in TOKEN_BUDGETS:
+            raise UsageError(f"--image-tokens takes {allowed}, {TOKEN_BUDGETS[-1]} or auto, not {image_tokens}")
+    if video_tokens not in (None, *TOKEN_BUDGETS):
+        raise UsageError(f"--video-tokens takes {allowed} or {TOKEN_BUDGETS[-1]}, not {video_tokens}")
+    if fps is not None and not 0 < fps <= 1000:
+        raise UsageError(f"--fps takes a number above 0, not {fps:g}")
+    if max_frames is not None and max_frames < 1:
+        raise UsageError(f"--max-frames takes 1 or more, not {max_frames}")
+    return MediaSettings(budget, video_tokens, fps, max_frames, allow_urls=True)
 
 
 def token_count(text: str, option: str) -> int:

@@ -11,13 +11,14 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from . import catalog
 from .config import Gemma4Config
+from .conversions import names
 from .errors import ModelNotFoundError, UsageError, WeightsError
 from .kv_bits import PLAIN, number
 from .safetensors_header import Tensor, read_header
@@ -41,7 +42,7 @@ def load(
     dtype: str | mx.Dtype | None = None,
     kv_bits: float | None = None,
     ple: str = "memory",
-    towers: bool = False,
+    towers: bool | Literal["lazy"] = False,
     lazy: bool = False,
     check: bool = False,
     progress: "Progress | bool | None" = None,
@@ -56,7 +57,8 @@ def load(
     is 16. Chat and generate take it from there.
     ple: "disk" leaves the per-layer embedding table of E2B and E4B in its file and reads rows as tokens come; the file
     must stay. The results are the same. "memory" holds it like all weights. See `ple_disk.py`.
-    towers: also what the checkpoint sees and hears with, see `models/vision.py`; without it, text only.
+    towers: also what the checkpoint sees and hears with, see `models/vision.py`; without it, text only. "lazy" leaves
+    their weights in the files until the first picture or sound, which must then come on the thread that loaded.
     lazy: leaves the weights in their files until they are used. Without it every array is in memory when this
     returns, so that the model may run on another thread than the one that loaded it.
     check: looks at every value; weights that are not numbers or of absurd size are an error.
@@ -142,7 +144,7 @@ def load_model(
     *,
     dtype: str | mx.Dtype | None = None,
     ple: str = "memory",
-    towers: bool = False,
+    towers: bool | Literal["lazy"] = False,
     lazy: bool = False,
     check: bool = False,
     config: Gemma4Config | None = None,
@@ -159,7 +161,7 @@ def load_model(
     _check_ple(ple)
     config = config or Gemma4Config.from_folder(folder)
     headers = shards(folder)
-    model = Model(config, towers)
+    model = Model(config, bool(towers))
     weights = _read(headers, model)
     if ple == "disk":
         model.language_model.model.embed_tokens_per_layer = ple_disk.open_table(headers, config.text, compute)
@@ -172,8 +174,10 @@ def load_model(
     model.eval()
     model.compute_dtype = compute
     if not lazy or check:
-        _evaluate(weights)
-        mx.eval(model.parameters(), model.private_arrays())
+        later = () if check or towers != "lazy" else tuple(names.TOWERS)
+        _evaluate(weights, later)
+        mx.eval([a for name, a in tree_flatten(model.parameters()) if not name.startswith(later)])
+        mx.eval(model.private_arrays())
     if check:
         from .weight_check import check_values
 
@@ -276,9 +280,12 @@ def _cast(weights: _Weights, dtype: mx.Dtype) -> None:
             weights.values[name] = value.astype(dtype)
 
 
-def _evaluate(weights: _Weights) -> None:
-    """Reads every tensor, one after the other: the peak stays near the result, and an error can be placed."""
+def _evaluate(weights: _Weights, later: tuple[str, ...]) -> None:
+    """Reads tensors one after the other, but those whose names begin as `later` says: the peak stays near the result,
+    and an error can be placed."""
     for name, value in weights.values.items():
+        if name.startswith(later):
+            continue
         try:
             mx.eval(value)
         except RuntimeError as e:

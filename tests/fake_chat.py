@@ -6,10 +6,15 @@ Owns scripted events of the same classes as `mlx_gemma4.chat`. Run as a script i
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mlx_gemma4.chat import ChatEvent, Done, Stats, Text, Thought
-from mlx_gemma4.errors import ContextError
+from mlx_gemma4.errors import ContextError, UsageError
+from mlx_gemma4.media.content import text_of
+from mlx_gemma4.media.items import Item
+from mlx_gemma4.media.sources import MediaError
 from mlx_gemma4.sampling import Sampling
 
 MARKDOWN = """# A title
@@ -35,6 +40,30 @@ The end.
 """
 
 
+@dataclass(frozen=True)
+class FakePart:
+    tokens: int
+
+
+class FakeSenses:
+    """Sees whatever exists and hears nothing; what it becomes depends on the name alone."""
+
+    def items(self, kind: str, source: Any) -> list[Item]:
+        name = Path(source).name
+        if kind == "audio":
+            raise UsageError("this model does not hear: E2B and E4B do")
+        if not Path(source).exists():
+            raise MediaError(f"there is no file {source}")
+        if "broken" in name:
+            raise MediaError(f"{name} is not a picture, or damaged")
+        if "slow" in name:
+            time.sleep(30)
+        if kind == "video":
+            frames = (FakePart(70),) * 12  # type: ignore[assignment]
+            return [Item("video", name, frames, ("00:00",) * 12, (f"{name} is sampled sparser",))]  # type: ignore[arg-type]
+        return [Item("image", name, (FakePart(256),))]  # type: ignore[arg-type]
+
+
 class FakeChat:
     """The public surface of `mlx_gemma4.chat.Chat` that the command line uses."""
 
@@ -45,6 +74,7 @@ class FakeChat:
         self.sampling = Sampling()
         self.stats: Stats | None = None
         self.pause = pause
+        self.senses = FakeSenses()
         self._cancelled = False
 
     def cancel(self) -> None:
@@ -64,12 +94,21 @@ class FakeChat:
     def cache_status(self) -> list[str]:
         return ["4 x ring: 10 bytes", "1 x global: 20 bytes"]
 
-    def stream(self, text: str, *, progress: Callable[[int, int], Any] | None = None) -> Iterator[ChatEvent]:
+    def stream(
+        self, message: str | list[dict[str, Any]], *, progress: Callable[[int, int], Any] | None = None
+    ) -> Iterator[ChatEvent]:
         self._cancelled = False
-        if text == "full":
+        text = text_of(message)
+        if text.endswith("full"):
             raise ContextError("the prompt has 9 tokens and the context holds 8")
-        self.messages.append({"role": "user", "content": text})
+        self.messages.append({"role": "user", "content": message})
         said = ""
+        if "mute" in text:
+            while not self._cancelled:
+                time.sleep(0.01)
+            self.messages.pop()
+            yield Done(Stats(1200, 0, 0.0, 0, 0.0, 0, 131072, 0, 0, "cancelled"), "cancelled")
+            return
         reason = "stop"
         for event in self._events(text, progress):
             if self._cancelled:
@@ -104,7 +143,7 @@ class FakeChat:
             yield Thought("let me ")
             yield Thought("see")
             yield Text("done **thinking**")
-        elif text == "fail":
+        elif text.endswith("fail"):
             raise RuntimeError("the device\nhas left")
         elif text == "escape":
             yield Text("a\x1b]0;owned\x07b\x1b[2Jc")

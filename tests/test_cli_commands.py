@@ -1,11 +1,15 @@
 """Slash commands, on a conversation without a model."""
 
+from pathlib import Path
+
 import pytest
 from fake_chat import FakeChat
 
 from mlx_gemma4.cli.tui import commands
+from mlx_gemma4.cli.tui.pending import Pending, attached
 from mlx_gemma4.errors import UsageError
 from mlx_gemma4.kernels import backend
+from mlx_gemma4.media.sources import MediaError
 
 
 class Said:
@@ -14,10 +18,14 @@ class Said:
     def __init__(self):
         self.chat = FakeChat()
         self.title = ["a fake model", "cache: none"]
+        self.pending = Pending()
         self.lines: list[str] = []
 
     def say(self, text: str) -> None:
         self.lines.append(text)
+
+    def attach(self, kind: str, source: str) -> None:
+        self.lines += attached(self.pending.add(self.chat.senses, kind, source))  # type: ignore[arg-type]
 
     def run(self, line: str) -> bool:
         self.lines.clear()
@@ -83,6 +91,10 @@ def test_set_changes_one_value(session: Said):
         ("/set temperature", "a name and a value"),
         ("/think maybe", "on or off"),
         ("/model e2b", "gemma4 chat --model"),
+        ("/image", "/image takes a file, for example /image ~/picture.png"),
+        ("/audio  ", "/audio takes a file"),
+        ("/audio speech.wav", "does not hear"),
+        ("/drop", "nothing is attached"),
         ("/kv 3.3", "/kv takes 16, 4, 3.5, 3, 2.5 or 2, not 3.3"),
     ],
 )
@@ -135,6 +147,44 @@ def test_kv_shows_and_changes_what_the_cache_keeps(session: Said, monkeypatch):
     assert session.chat.kv == {"kv_bits": 3.5}
     assert session.lines[0] == "3.5 bits from the next turn on, which reads the conversation again"
     assert session.lines[1:3] == ["  4 x ring: 10 bytes", "  1 x global: 20 bytes"]
+
+
+def test_what_is_attached(session: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("my cat.png", "dog.png", "broken.png", "clip.mp4"):
+        (tmp_path / name).touch()
+    session.run("/attachments")
+    assert session.lines == ["nothing is attached"]
+    session.run("/image 'my cat.png' dog.png")
+    assert session.lines == ["attached: my cat.png, 256 tokens", "attached: dog.png, 256 tokens"]
+    session.run("/video clip.mp4")
+    assert session.lines == ["attached: clip.mp4, 12 frames, 840 tokens", "  clip.mp4 is sampled sparser"]
+    for line in ("/image broken.png", "/image none.png"):
+        with pytest.raises(MediaError):
+            session.run(line)
+    session.run("/attachments")
+    assert session.lines[:2] == ["  1  my cat.png, 256 tokens", "  2  dog.png, 256 tokens"]
+    parts = session.pending.message("well?")
+    assert [part["type"] for part in parts] == ["image", "image", "video", "text"]  # type: ignore[index]
+    for number in ("0", "4", "x"):
+        with pytest.raises(UsageError, match="a number from 1 to 3"):
+            session.run(f"/drop {number}")
+    session.run("/drop 2")
+    assert session.lines == ["taken away: dog.png, 256 tokens"]
+    session.run("/drop")
+    assert len(session.lines) == 2 and session.pending.message("well?") == "well?"
+    session.run("/image dog.png")
+    session.run("/clear")
+    assert session.pending.items == []
+
+
+def test_paths_complete_after_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my cat.png").touch()
+    (tmp_path / "clip.mp4").touch()
+    assert commands.completions("/image ") == ["/image my\\ cat.png"]
+    assert commands.completions("/video c") == ["/video clip.mp4"]
+    assert commands.completions("/im") == ["/image"]
 
 
 def test_completion():

@@ -35,7 +35,7 @@ def test_import_loads_nothing_heavy(clean_python):
     assert out.strip() == "[]"
 
 
-COMMANDS = ("chat", "generate", "convert", "verify", "cache-size", "kv-check", "info", "list")
+COMMANDS = ("chat", "generate", "detect", "convert", "verify", "cache-size", "kv-check", "info", "list")
 
 
 @pytest.mark.parametrize("arguments", ["--help", "--version", *(f"{command} --help" for command in COMMANDS)])

@@ -348,3 +348,15 @@ def test_heic_without_its_decoder(monkeypatch):
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_32_bits_have_no_range(mode):
     assert "32 bits" in refused(encoded(Image.new(mode, (4, 4)), "tiff"))
+
+
+def test_a_picture_made_upright_stays_upright():
+    """Given again, as `open_image` returned it, it is not turned a second time."""
+    image = Image.fromarray(np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for kind in ("PNG", "JPEG", "WEBP", "TIFF"):
+        out = io.BytesIO()
+        image.save(out, kind, exif=exif)
+        once = open_image(out.getvalue())
+        assert once.size == (2, 3) == open_image(once).size, kind

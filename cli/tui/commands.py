@@ -15,10 +15,13 @@ from typing import TYPE_CHECKING, Any, Protocol, get_args, get_type_hints
 from mlx_gemma4.errors import UsageError
 from mlx_gemma4.kv_bits import BITS, number
 
-from . import status
+from . import attachments, status
+from .pending import describe
 
 if TYPE_CHECKING:
     from mlx_gemma4.chat import Chat
+
+    from .pending import Pending
 
 
 class Session(Protocol):
@@ -26,8 +29,12 @@ class Session(Protocol):
 
     chat: Chat
 
+    pending: Pending
+
     @property
     def title(self) -> list[str]: ...
+
+    def attach(self, kind: str, source: str) -> None: ...
 
     def say(self, text: str) -> None: ...
 
@@ -65,6 +72,8 @@ def completions(text: str) -> list[str]:
     word, space, argument = text.partition(" ")
     if not space:
         return [name for name in _BY_NAME if name.startswith(word)] if word.startswith("/") else []
+    if word[1:] in attachments.KINDS:
+        return [f"{word} {path}" for path in attachments.completions(argument, word[1:])]
     choices = {
         "/set": setting_names,
         "/think": lambda: ["on", "off"],
@@ -114,10 +123,37 @@ def _help(session: Session, argument: str) -> None:
         session.say(f"  {command.usage:<{width}}  {command.help}{also}")
     session.say('  Enter sends · Alt-Enter, or a line starting with """, for several lines')
     session.say("  Ctrl-C stops an answer · Ctrl-G opens your editor · Ctrl-D leaves")
+    session.say("  A picture, sound or clip may also be dragged into the line")
+
+
+def _attach(kind: str) -> Callable[[Session, str], None]:
+    def run(session: Session, argument: str) -> None:
+        files = attachments.arguments(argument)
+        if not files:
+            raise UsageError(f"/{kind} takes a file, for example /{kind} ~/{_EXAMPLES[kind]}")
+        for file in files:
+            session.attach(kind, file)
+
+    return run
+
+
+_EXAMPLES = {"image": "picture.png", "audio": "speech.wav", "video": "clip.mp4"}
+
+
+def _attachments(session: Session, argument: str) -> None:
+    for place, item in enumerate(session.pending.items, 1):
+        session.say(f"  {place}  {describe(item)}")
+    session.say("they go with the next message" if session.pending.items else "nothing is attached")
+
+
+def _drop(session: Session, argument: str) -> None:
+    for item in session.pending.drop(argument):
+        session.say(f"taken away: {describe(item)}")
 
 
 def _clear(session: Session, argument: str) -> None:
     session.chat.clear()
+    session.pending.drop_all()
     session.say("a new conversation; the system prompt and the settings stay")
 
 
@@ -191,6 +227,11 @@ def _exit(session: Session, argument: str) -> bool:
 COMMANDS = (
     Command("/help", "/help", "this list", _help, ("/?",)),
     Command("/clear", "/clear", "forget the conversation", _clear, ("/reset",)),
+    Command("/image", "/image FILE", "show a picture with the next message", _attach("image")),
+    Command("/audio", "/audio FILE", "the same with a sound", _attach("audio")),
+    Command("/video", "/video FILE", "the same with a clip", _attach("video")),
+    Command("/attachments", "/attachments", "what waits for the next message", _attachments),
+    Command("/drop", "/drop [NUMBER]", "take away what waits, or one of it", _drop),
     Command("/system", "/system [TEXT|off]", "show, change or drop the system prompt", _system),
     Command("/set", "/set [NAME VALUE]", "show or change how answers are sampled", _set),
     Command("/think", "/think [on|off]", "let the model think before it answers", _think),

@@ -18,9 +18,10 @@ from prompt_toolkit.filters import completion_is_selected
 from prompt_toolkit.formatted_text import FormattedText
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.keys import Keys
 from prompt_toolkit.output import create_output
 
-from . import commands
+from . import attachments, commands
 
 QUOTES = '"""'
 
@@ -47,10 +48,15 @@ def is_open(text: str) -> bool:
     return text.startswith(QUOTES) and (len(text) < 2 * len(QUOTES) or not text.endswith(QUOTES))
 
 
+def is_block(text: str) -> bool:
+    """Whether the text is a block in three quotes, to be sent as it is."""
+    return text.strip().startswith(QUOTES)
+
+
 def message_of(text: str) -> str:
     """What to send for the text typed: a `\"\"\"` block without its quotes, anything else as it is."""
     block = text.strip()
-    if block.startswith(QUOTES) and not is_open(text):
+    if is_block(text) and not is_open(text):
         return block[len(QUOTES) : -len(QUOTES)].strip("\n")
     return text
 
@@ -88,6 +94,12 @@ def _bindings() -> KeyBindings:
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.open_in_editor()
 
+    @keys.add(Keys.BracketedPaste)
+    def _(event: KeyPressEvent) -> None:
+        text = event.data.replace("\r\n", "\n").replace("\r", "\n")
+        buffer = event.current_buffer
+        buffer.insert_text(attachments.apart(text, buffer.document.text_before_cursor))
+
     return keys
 
 
@@ -108,9 +120,11 @@ class Prompt:
         )
         self.dropped = ""
 
-    def ask(self) -> str:
+    def ask(self, attached: int = 0) -> str:
+        """attached: how many files go with what is typed; the prompt says so."""
+        waiting = [("", f"{attached} attached ")] if attached else []
         try:
-            return self._session.prompt(FormattedText([("bold", "> ")]))
+            return self._session.prompt(FormattedText([*waiting, ("bold", "> ")]))
         except KeyboardInterrupt:
             self.dropped = self._session.default_buffer.text
             raise

@@ -12,7 +12,7 @@ import termios
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .status import PrefillMeter
 from .stream import AnswerView
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from mlx_gemma4.chat import Chat, Done
 
 
-def show_turn(chat: Chat, text: str, view: AnswerView, *, patient: bool) -> Done:
-    """Answers `text` into `view` and returns the closing event.
+def show_turn(chat: Chat, message: str | list[dict[str, Any]], view: AnswerView, *, patient: bool) -> Done:
+    """Answers `message`, text or parts, into `view` and returns the closing event.
 
     Ctrl-C stops the answer before its next token or prefill chunk. A second one is ignored if `patient` (a
     conversation is worth more than the wait) and otherwise ends the program with KeyboardInterrupt.
@@ -32,7 +32,7 @@ def show_turn(chat: Chat, text: str, view: AnswerView, *, patient: bool) -> Done
     meter = PrefillMeter()
     with _stop_on_ctrl_c(chat.cancel, patient), _keys_unseen():
         try:
-            for event in chat.stream(text, progress=meter):
+            for event in chat.stream(message, progress=meter):
                 meter.clear()
                 if isinstance(event, Thought):
                     view.thought(event.text)
@@ -77,6 +77,19 @@ def between_prompts() -> Iterator[None]:
     try:
         with _keys_unseen():
             yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """For work between two prompts that may last, such as reading a long clip: Ctrl-C raises KeyboardInterrupt."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -193,7 +193,13 @@ def _upright(image: "Image.Image") -> "Image.Image":
     )
     found = image.getexif().get(_ORIENTATION)
     method = methods[found] if isinstance(found, int) and 1 <= found <= 8 else None
-    return image if method is None else image.transpose(method)
+    if method is None:
+        return image
+    image = image.transpose(method)
+    # Some formats keep the block as bytes beside it; the same picture given again must not be turned again.
+    for place in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):
+        image.info.pop(place, None)
+    return image
 
 
 def _to_rgb(image: "Image.Image", name: str) -> "Image.Image":

@@ -19,8 +19,8 @@ import numpy as np
 
 from ..config_audio import MEL_BINS, AudioConfig
 from ..errors import UsageError
-from .fused import fused, soft_cap
-from .tower_parts import ClippedLinear
+from .fused import soft_cap
+from .tower_parts import ClippedLinear, linear, swish
 
 if TYPE_CHECKING:
     from ..media.audio import ProcessedClip
@@ -33,18 +33,6 @@ NORM_EPS = 1e-6
 MOST_CLIPS, MOST_PADDING = 8, 0.2
 
 
-@fused
-def glu(x: mx.array, gate: mx.array) -> mx.array:
-    """x * sigmoid(gate), elementwise."""
-    return x * mx.sigmoid(gate)
-
-
-@fused
-def silu(x: mx.array) -> mx.array:
-    """x * sigmoid(x), elementwise."""
-    return x * mx.sigmoid(x)
-
-
 def relative_positions(config: AudioConfig) -> np.ndarray:
     """What `relative_k_proj` reads of distances W, W-1, ..., 0: float32 [W + 1, E], sines beside cosines.
 
@@ -55,6 +43,10 @@ def relative_positions(config: AudioConfig) -> np.ndarray:
     inverse = np.exp(np.arange(scales, dtype=np.float32) * np.float32(-step))
     angles = np.arange(config.attention_chunk_size, -1, -1, dtype=np.float32)[:, None] * inverse
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
+
+
+def _silu(x: mx.array) -> mx.array:
+    return swish(x, x)
 
 
 class SubsampleLayer(nn.Module):
@@ -86,7 +78,7 @@ class Subsample(nn.Module):
         x = mel.astype(self.layer0.conv.weight.dtype)[..., None]
         x, mask = self.layer0(x, mask)
         x, mask = self.layer1(x, mask)
-        return self.input_proj_linear(x.flatten(2)), mask
+        return linear(self.input_proj_linear, x.flatten(2)), mask
 
 
 class Bounded(nn.Module):
@@ -116,7 +108,7 @@ class FeedForward(Bounded):
 
     def __call__(self, x: mx.array) -> mx.array:
         """[B, L, E] -> [B, L, E]"""
-        y = self.ffw_layer_2(silu(self.ffw_layer_1(self.pre_layer_norm(self.bounded(x)))))
+        y = self.ffw_layer_2(_silu(self.ffw_layer_1(self.pre_layer_norm(self.bounded(x)))))
         return x + self.post_layer_norm(self.bounded(y)) * self.scale
 
 
@@ -194,9 +186,9 @@ class LightConv(Bounded):
 
     def __call__(self, x: mx.array) -> mx.array:
         """[B, L, E] -> [B, L, E]"""
-        y = glu(*mx.split(self.linear_start(self.pre_layer_norm(x)), 2, axis=-1))
+        y = swish(*mx.split(self.linear_start(self.pre_layer_norm(x)), 2, axis=-1))
         y = self.depthwise_conv1d(mx.pad(y, [(0, 0), (self.reach, 0), (0, 0)]))
-        return x + self.linear_end(silu(self.conv_norm(self.bounded(y))))
+        return x + self.linear_end(_silu(self.conv_norm(self.bounded(y))))
 
 
 class AudioLayer(Bounded):

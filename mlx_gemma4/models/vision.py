@@ -22,9 +22,9 @@ import numpy as np
 from ..config import RopeConfig
 from ..config_vision import VisionConfig
 from ..errors import UsageError
-from .fused import geglu
+from .fused import fused, geglu
 from .rope import Rope, rotate_pairs
-from .tower_parts import ClippedLinear
+from .tower_parts import LOG2_E, ClippedLinear, geglu_by_power, linear, on_cpu
 
 if TYPE_CHECKING:
     from ..media.images import ProcessedImage
@@ -35,8 +35,10 @@ Table = tuple[mx.array, mx.array]  # cos and sin, float32 [N, 1, 2, D/4]: angles
 # Patches of one pass of `encode_images`: one picture of the largest budget (1,120 tokens) or sixteen of the smallest.
 # Memory is bounded by this, not by how many pictures there are.
 MAX_PATCHES = 10_080
-# Attention scores computed in one go where MLX has no kernel that keeps them out of memory (256 MB in float32).
-MAX_SCORES = 1 << 26
+# Head widths for which GPUs have a kernel that keeps scores out of memory. 26B and 31B have 72, which becomes 80.
+FUSED_WIDTHS = (64, 80, 128)
+# Attention scores computed in one go elsewhere: 4 MB in float32, which stay in a processor's cache.
+MAX_SCORES = 1 << 20
 
 
 class PatchEmbedder(nn.Module):
@@ -51,7 +53,7 @@ class PatchEmbedder(nn.Module):
         """patches in [0, 1] [N, patch_width], positions (x, y) [N, 2] -> [N, E]."""
         table = self.position_embedding_table
         pixels = (2 * (patches - 0.5)).astype(table.dtype)
-        return self.input_proj(pixels) + (table[0][positions[:, 0]] + table[1][positions[:, 1]])
+        return linear(self.input_proj, pixels) + (table[0][positions[:, 0]] + table[1][positions[:, 1]])
 
 
 class VisionAttention(nn.Module):
@@ -96,7 +98,8 @@ class VisionMLP(nn.Module):
         self.down_proj = ClippedLinear(inner, E, clipped)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
+        activation = geglu_by_power if on_cpu() else geglu
+        return self.down_proj(activation(self.gate_proj(x), self.up_proj(x)))
 
 
 class VisionLayer(nn.Module):
@@ -276,13 +279,41 @@ def _rotate(x: mx.array, table: Table) -> mx.array:
 
 
 def _attend(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
-    """[b, H, n, D] each -> the same shape, without a mask, `MAX_SCORES` scores at a time."""
-    b, H, n, _ = q.shape
-    rows = max(1, MAX_SCORES // (b * H * n))
-    if rows >= n:
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0)
-    parts = []
-    for start in range(0, n, rows):
-        parts.append(mx.fast.scaled_dot_product_attention(q[:, :, start : start + rows], k, v, scale=1.0))
-        mx.eval(parts[-1])
-    return mx.concatenate(parts, axis=2)
+    """Softmax(q k) v of [b, H, n, D] each -> the same shape; scale 1, no mask, no scores in memory beyond a tile."""
+    D = q.shape[-1]
+    width = next((w for w in FUSED_WIDTHS if w >= D), None)
+    if width is None or on_cpu():
+        return _attend_in_tiles(q, k, v)
+    if width > D:  # zeros add nothing to a score, and their columns of the result are dropped
+        q, k, v = (mx.pad(t, [(0, 0), (0, 0), (0, 0), (0, width - D)]) for t in (q, k, v))
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :D]
+
+
+def _attend_in_tiles(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    """The same where MLX has no kernel that keeps scores out of memory: a tile at a time, divided by its sums last."""
+    b, H, n, D = q.shape
+    q, k, v = (t.reshape(b * H, n, D) for t in (q, k, v))
+    k = mx.contiguous(k.swapaxes(1, 2))  # read by every tile
+    heads, rows = max(1, MAX_SCORES // (n * n)), max(1, MAX_SCORES // n)
+    out = []
+    for head in range(0, b * H, heads):
+        some, parts = slice(head, head + heads), []
+        for start in range(0, n, rows):
+            scores = q[some, start : start + rows] @ k[some]
+            weights = _weights(scores, mx.max(scores, axis=-1, keepdims=True))
+            sums = mx.sum(weights, axis=-1, keepdims=True)
+            parts.append(((weights.astype(v.dtype) @ v[some]) / sums).astype(v.dtype))
+            del scores, weights
+            mx.eval(parts[-1])
+        out.append(parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1))
+    return mx.concatenate(out).reshape(b, H, n, D)
+
+
+@fused
+def _weights(scores: mx.array, highest: mx.array) -> mx.array:
+    """exp(scores - highest) in float32; as a power of two, which on a CPU takes half as long.
+
+    Of 2^-100 at least: that adds nothing to a sum that has a 1 in it, and smaller ones would make denormal products, at
+    which a CPU crawls.
+    """
+    return mx.power(2.0, mx.maximum((scores.astype(mx.float32) - highest.astype(mx.float32)) * LOG2_E, -100.0))

@@ -1,23 +1,31 @@
 """A conversation: messages in, typed events out, and one prompt cache kept between turns.
 
 Owns the history and what happens to it when an answer is interrupted. Leaves parsing to `turns.py`, rendering, pictures
-and sound to `senses.py`, computing to `generation.py`, and what of a prompt need not be computed again to `reuse.py`.
+and sound to `senses.py`, rules on what may be said to `guides.py`, computing to `generation.py`, what of a prompt need
+not be computed again to `reuse.py`, and files to `session_file.py`.
 
 The prompt of every turn is the whole conversation, rendered afresh by the checkpoint's own template; the
 cache only saves time. So nothing that happens to the cache can change what the model reads.
 """
 
+import os
+import re
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 
-from .errors import UsageError
-from .generation import context_limit, generate_step, prefill, token_budget
+from . import reuse, room, session_file
+from .answering import answer_tokens
+from .errors import ContextError, UsageError
+from .events import ChatEvent, Done, Malformed, Shortened, Stats, Text, Thought, ToolCall
+from .generation import context_limit, token_budget
+from .guards import RepetitionGuard
+from .guides import Guide, Thinking, TurnGuide, thinking_budget
 from .media.content import Content
 from .media.items import MediaSettings
 from .media.prompt import Prompt
@@ -26,54 +34,30 @@ from .reuse import PromptMemory, common_prefix
 from .sampling import Sampler, Sampling
 from .senses import Senses
 from .tokenizer import Tokenizer
-from .turns import Event, TurnParser
+from .tool_calls import call_message, result_message
+from .turns import TurnParser
 
 # Called with (prompt tokens computed, prompt tokens to compute); False cancels.
 Progress = Callable[[int, int], Any]
+Message = dict[str, Any]
+
+# A system prompt of so many tokens gets a way back of its own: it outlives edits, /clear and forks.
+LONG_HEAD = 64
+THINKING = ("label", "thought")  # states of the parser
+# What a conversation that was shortened leaves free for the answer, at most; less in small contexts.
+ROOM = 1024
 
 
 @dataclass(frozen=True)
-class Stats:
-    """What one turn cost. Token counts are tokens, rates tokens per second, sizes bytes."""
+class _Request:
+    """What one turn asks of the model, beside the messages."""
 
-    prompt_tokens: int  # whole prompt of this turn, history included
-    cached_tokens: int  # of those, taken from the cache instead of computed
-    prompt_tps: float  # computed prompt tokens per second
-    generation_tokens: int  # sampled tokens, thought and stop token included
-    generation_tps: float
-    context_used: int  # positions in the cache now
-    context_limit: int | None
-    cache_bytes: int
-    peak_memory: int  # of the process's MLX allocations since start
-    finish_reason: str  # "stop" | "length" | "cancelled"
-
-
-@dataclass(frozen=True)
-class Thought:
-    """A piece of the model's reasoning. Never empty."""
-
-    text: str
-    kind: ClassVar[str] = "thought"
-
-
-@dataclass(frozen=True)
-class Text:
-    """A piece of the answer. Never empty, never half a character."""
-
-    text: str
-    kind: ClassVar[str] = "text"
-
-
-@dataclass(frozen=True)
-class Done:
-    """The last event of every turn that did not raise."""
-
-    stats: Stats
-    reason: str  # same as stats.finish_reason
-    kind: ClassVar[str] = "done"
-
-
-ChatEvent = Thought | Text | Done
+    sampling: Sampling
+    thinks: bool
+    budget: int | None  # of the thought
+    tools: tuple[Message, ...]  # declarations
+    response_format: Any
+    progress: Progress
 
 
 class Chat:
@@ -84,20 +68,26 @@ class Chat:
             match event:
                 case Thought(text): ...
                 case Text(text): print(text, end="", flush=True)
+                case ToolCall(name, arguments): ...     # answered with `stream_results`
                 case Done(stats): ...
 
-    system: the system prompt, or None. thinking: asks the template for a thought before each answer.
+    system: the system prompt, or None. thinking: whether, or how long, the model thinks before each answer: False,
+    True, "low", "medium", "high" or a number of tokens (`guides.thinking_budget`).
     sampling: None takes the checkpoint's own settings (generation_config.json).
+    tools: what the model may call: functions, JSON declarations or `tools.Tool`s.
     kv_bits, kv_key_bits, kv_value_bits, kv_bits_sliding, kv_mode: how the cache keeps what it remembers, for
-    `model.make_cache`; None is the model's own. `set_kv` changes them.
+    `model.make_cache`; None is the model's own. `set_kv` changes them. snapshot_bytes: what ways back may take beside
+    it, see `reuse.py`.
     media: how pictures, sound and video become tokens; None leaves it to the model, which must be loaded with its
     towers. features: what the towers made is kept there; None makes a store of this chat's own.
+    on_full: when the conversation no longer fits: "stop" raises ContextError, "drop" leaves out the oldest turns,
+    "summarize" has the model sum them up first. loop_guard: stops an answer that repeats itself without end.
 
-    `thinking`, `sampling` and `senses.settings` may be assigned between turns. `messages` holds the "user" and
-    "assistant" messages in the template's form; an assistant's thought is under "reasoning_content", and pictures and
-    sounds are `Item`s, so a file may change or go.
+    `thinking`, `sampling`, `tools`, `on_full` and `senses.settings` may be assigned between turns. `messages` holds the
+    "user", "assistant" and "tool" messages in the template's form; an assistant's thought is under "reasoning_content",
+    and pictures and sounds are `Item`s, so a file may change or go.
 
-    One turn at a time; `cancel` may come from anywhere.
+    One turn at a time; `cancel` may come from anywhere. `Engine` serves several threads.
     """
 
     def __init__(
@@ -105,30 +95,39 @@ class Chat:
         model: Any,
         tokenizer: Tokenizer,
         system: str | None = None,
-        thinking: bool = False,
+        thinking: Thinking = False,
         sampling: Sampling | None = None,
         *,
+        tools: Sequence[Any] = (),
         kv_bits: float | None = None,
         kv_key_bits: float | None = None,
         kv_value_bits: float | None = None,
         kv_bits_sliding: float | None = None,
         kv_mode: str | None = None,
+        snapshot_bytes: int = reuse.DEFAULT_BYTES,
         prefill_step_size: int = 2048,
         media: MediaSettings | None = None,
         features: FeatureStore | None = None,
+        on_full: room.OnFull = "stop",
+        loop_guard: bool = True,
     ):
-        self.messages: list[dict[str, Any]] = []
+        self.messages: list[Message] = []
         self.system = system
         self.thinking = thinking
+        self.tools = tuple(tools)
+        self.on_full: room.OnFull = on_full
+        self.loop_guard = loop_guard
         self.sampling = sampling or Sampling.from_defaults(tokenizer.generation_defaults)
         self.stats: Stats | None = None  # of the last turn
         self._model = model
         self._tokenizer = tokenizer
         self.senses = Senses(model, tokenizer, media, features)
         self._prefill_step_size = prefill_step_size
+        self._snapshot_bytes = snapshot_bytes
         self._sampler: tuple[Sampling, Sampler] | None = None
         self._cancelled = threading.Event()
         self._busy = threading.Lock()
+        thinking_budget(thinking)
         self.set_kv(
             kv_bits=kv_bits,
             kv_key_bits=kv_key_bits,
@@ -144,12 +143,17 @@ class Chat:
         images: Sequence[Any] = (),
         audio: Sequence[Any] = (),
         videos: Sequence[Any] = (),
+        thinking: Thinking | None = None,
+        tools: Sequence[Any] | None = None,
+        response_format: Any = None,
         progress: Progress | None = None,
     ) -> Generator[ChatEvent, None, None]:
         """Answers `message`, one event at a time; the last is `Done`.
 
         message: text, or text and media in a list of parts, see `media/content.py`. images, audio, videos: sources
         that come before it, as in {"type": "image", "image": source}; a sound's samples as (array, rate).
+        thinking, tools: for this turn, instead of the chat's own. response_format: what the answer must look like, see
+        `structured.py`; a thought before it is free.
 
         progress(done, total) is called before, between and after the prompt's chunks, in tokens that had to
         be computed; False cancels.
@@ -160,14 +164,35 @@ class Chat:
         source cannot be read, UsageError when the model cannot take it or another turn is running, TokenizerError when
         there is no template, and whatever the model runs into.
         """
-        if not self._busy.acquire(blocking=False):
-            raise UsageError("this chat is still answering; cancel() it or wait before the next message")
-        try:
-            self._cancelled.clear()
-            content = self.senses.load(message, images, audio, videos)
-            yield from self._turn(content, progress or (lambda done, total: None))
-        finally:
-            self._busy.release()
+        yield from self._locked(
+            lambda: [{"role": "user", "content": self.senses.load(message, images, audio, videos)}],
+            thinking,
+            tools,
+            response_format,
+            progress,
+        )
+
+    def stream_results(
+        self,
+        results: Sequence[tuple[ToolCall | Malformed, Any]],
+        *,
+        thinking: Thinking | None = None,
+        tools: Sequence[Any] | None = None,
+        response_format: Any = None,
+        progress: Progress | None = None,
+    ) -> Generator[ChatEvent, None, None]:
+        """Goes on after calls, given what each returned: text, a JSON value, or parts with pictures. Otherwise as
+        `stream`.
+
+        A call that could not be read (`Malformed`) is answered, too, best with its `error`, so that the model may try
+        again.
+        """
+
+        def load() -> list[Message]:
+            told = [result_message(_as_call(call), result) for call, result in results]
+            return [m | {"content": self._loaded(m["content"])} for m in told]
+
+        yield from self._locked(load, thinking, tools, response_format, progress)
 
     def send(self, message: Content | Sequence[dict[str, Any]], **options: Any) -> str:
         """The whole answer without thoughts; its figures are in `stats`. Takes and raises what `stream` does."""
@@ -180,8 +205,7 @@ class Chat:
 
     def clear(self) -> None:
         """Forgets messages and cache; keeps the system prompt and the settings. A seed starts over."""
-        if self._busy.locked():
-            raise UsageError("this chat is still answering; cancel() it before clear()")
+        self._check_idle("clear()")
         self.messages.clear()
         self.stats = None
         self._sampler = None
@@ -197,12 +221,68 @@ class Chat:
         options: those of `model.make_cache`, None for its default. Raises UsageError, changing nothing, for what it
         refuses or while a turn is running.
         """
-        if self._busy.locked():
-            raise UsageError("this chat is still answering; cancel() it before its cache is changed")
+        self._check_idle("its cache is changed")
         given = {name: value for name, value in options.items() if value is not None}
         if given:
             self._model.make_cache(**given)
-        self._memory = PromptMemory(lambda: self._model.make_cache(**given))
+        self._kv = given
+        self._memory = PromptMemory(lambda: self._model.make_cache(**given), self._snapshot_bytes)
+
+    def make_room(self, how: room.OnFull) -> Shortened:
+        """Shortens the history to half the context: "drop" leaves out the oldest turns, "summarize" tells them first.
+
+        Raises ContextError when the last message alone is too long, UsageError for "stop" or while a turn is running.
+        """
+        self._check_idle("its history is shortened")
+        if how not in room.ON_FULL[1:]:
+            raise UsageError(f"a conversation is shortened by {' or '.join(room.ON_FULL[1:])}, not {how!r}")
+        limit = self.context_limit
+        return self._shorten(how, lambda kept: limit is None or len(self._prompt(kept, False, ())) <= limit // 2)
+
+    # Keeping
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the conversation and its cache to `path` (.safetensors). Raises UsageError, Gemma4Error."""
+        self._check_idle("save()")
+        kept = {"system": self.system, "thinking": self.thinking, "sampling": asdict(self.sampling), "kv": self._kv}
+        session_file.save(path, self._model, self._memory, self.messages, kept)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: Any, tokenizer: Tokenizer, **options: Any) -> "Chat":
+        """A conversation that `save` wrote, ready to go on without reading it again.
+
+        options: of `Chat`; what is not given is as it was. Raises Gemma4Error when the file is none, or of other
+        weights or cache settings.
+        """
+        _, kept = session_file.load(path, model, None)
+        kept["sampling"] = Sampling(**kept["sampling"])
+        chat = cls(model, tokenizer, **(kept | kept.pop("kv") | options))
+        chat.messages, _ = session_file.load(path, model, chat._memory)
+        return chat
+
+    def fork(self) -> "Chat":
+        """A chat that goes on from here on its own; nothing is computed again and memory is shared until it changes."""
+        self._check_idle("fork()")
+        other = Chat(
+            self._model,
+            self._tokenizer,
+            self.system,
+            self.thinking,
+            self.sampling,
+            tools=self.tools,
+            snapshot_bytes=self._snapshot_bytes,
+            prefill_step_size=self._prefill_step_size,
+            media=self.senses.settings,
+            features=self.senses.store,
+            on_full=self.on_full,
+            loop_guard=self.loop_guard,
+            **self._kv,
+        )
+        other.messages = list(self.messages)
+        other._memory = self._memory.copy()
+        return other
+
+    # Figures
 
     @property
     def context_used(self) -> int:
@@ -218,55 +298,93 @@ class Chat:
         return self._memory.nbytes
 
     @property
+    def snapshot_bytes(self) -> int:
+        """What the ways back take beside the cache."""
+        return self._memory.mark_bytes
+
+    @property
     def cache_status(self) -> list[str]:
         """What each layer's cache applies, one line each."""
         return self._memory.status()
 
-    def _turn(self, content: Content, progress: Progress) -> Generator[ChatEvent, None, None]:
-        sampling = self.sampling
-        user = {"role": "user", "content": content}
-        system = [{"role": "system", "content": self.system}] if self.system else []
-        conversation = [*system, *self.messages, user]
-        prompt = self.senses.prompt(conversation, self.thinking)
-        budget = token_budget(self._model, None, len(prompt), sampling.max_tokens)
-        # History comes back without its thoughts and without whatever else opened an answer, so the next
-        # prompt is sure to agree with this one up to the end of the user's turn: there the memory keeps a way
-        # back.
-        fixed = self.senses.prompt(conversation, self.thinking, add_generation_prompt=False)
-        boundary = min(common_prefix(prompt.keys, fixed.keys), len(prompt) - 1)
+    # One turn
 
-        self.messages.append(user)
+    def _locked(
+        self,
+        load: Callable[[], list[Message]],
+        thinking: Thinking | None,
+        tools: Sequence[Any] | None,
+        response_format: Any,
+        progress: Progress | None,
+    ) -> Generator[ChatEvent, None, None]:
+        """A turn that begins with the messages `load` makes, alone on this chat."""
+        if not self._busy.acquire(blocking=False):
+            raise UsageError("this chat is still answering; cancel() it or wait before the next message")
+        try:
+            self._cancelled.clear()
+            thinks, budget = thinking_budget(self.thinking if thinking is None else thinking)
+            request = _Request(
+                self.sampling,
+                thinks,
+                budget,
+                _declarations(self.tools if tools is None else tools),
+                response_format,
+                progress or (lambda done, total: None),
+            )
+            yield from self._turn(load(), request)
+        finally:
+            self._busy.release()
+
+    def _turn(self, new: list[Message], request: _Request) -> Generator[ChatEvent, None, None]:
+        prompt, shortened = self._fitted(new, request)
+        if shortened is not None:
+            yield shortened
+        budget = token_budget(self._model, None, len(prompt), request.sampling.max_tokens)
+        boundaries = self._boundaries(prompt, new, request)
+        guide = self._guide(prompt, request)
+        parser = TurnParser.after_prompt(self._tokenizer, prompt.ids, request.tools or None)
+
+        before = len(self.messages)
+        self.messages += new
         started = time.perf_counter()
         cached = self._memory.reuse(prompt.keys)
-        parser = TurnParser.after_prompt(self._tokenizer, prompt.ids)
-        said: list[Event] = []
-        count, reason = 0, "cancelled"
+        guard = RepetitionGuard() if self.loop_guard else None
+        said: list[Any] = []
+        count, thought, reason = 0, 0, "cancelled"
         prompt_seconds = generation_seconds = 0.0
 
         def report(position: int) -> bool:
-            if progress(position - cached, len(prompt) - cached) is False:
+            if request.progress(position - cached, len(prompt) - cached) is False:
                 self._cancelled.set()
             return not self._cancelled.is_set()
 
         try:
-            with closing(self._compute(prompt, cached, boundary, sampling, report)) as tokens:
+            with closing(self._tokens(prompt, cached, boundaries, request.sampling, guide, report)) as tokens:
                 for token in tokens:
                     count += 1
                     if count == 1:
                         prompt_seconds, started = time.perf_counter() - started, time.perf_counter()
                     else:
                         generation_seconds = time.perf_counter() - started
-                    events = parser.feed(token)
-                    if parser.stopped or count == budget:
-                        reason = "stop" if parser.stopped else "length"
-                        events += parser.finish()
-                    said += events
-                    for event in events:
-                        yield Thought(event.text) if event.kind == "thought" else Text(event.text)
+                    inside = parser.state in THINKING
+                    events = self._numbered(parser.feed(token), said)
+                    thought += inside or parser.state in THINKING
                     if parser.stopped:
+                        reason = "stop"
+                    elif count == budget:
+                        reason = "length"
+                    elif guard is not None and guard.stuck(token):
+                        reason = "repetition"
+                    if reason != "cancelled":
+                        events += self._numbered(parser.finish(), [*said, *events])
+                    said += events
+                    if reason == "stop" and any(isinstance(e, ToolCall | Malformed) for e in said):
+                        reason = "tool_calls"
+                    yield from events
+                    if reason != "cancelled":
                         break
         finally:
-            self._remember(user, said, finished=reason != "cancelled")
+            self._remember(before, said, finished=reason != "cancelled")
         self.stats = Stats(
             prompt_tokens=len(prompt),
             cached_tokens=cached,
@@ -278,66 +396,122 @@ class Chat:
             cache_bytes=self.cache_bytes,
             peak_memory=mx.get_peak_memory(),
             finish_reason=reason,
+            thought_tokens=thought,
         )
         yield Done(self.stats, reason)
 
-    def _compute(
+    def _prompt(
+        self, messages: Sequence[Message], thinks: bool, tools: Sequence[Message], generation_prompt: bool = True
+    ) -> Prompt:
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return self.senses.prompt([*system, *messages], thinks, tools or None, generation_prompt)
+
+    def _fitted(self, new: list[Message], request: _Request) -> tuple[Prompt, Shortened | None]:
+        """The prompt of this turn, after making room if that was asked for. Raises ContextError."""
+
+        def prompt_of(messages: Sequence[Message]) -> Prompt:
+            return self._prompt([*messages, *new], request.thinks, request.tools)
+
+        prompt, limit = prompt_of(self.messages), self.context_limit
+        if limit is None or self.on_full == "stop" or len(prompt) <= limit - 1:
+            token_budget(self._model, None, len(prompt))
+            return prompt, None
+        most = limit - min(ROOM, limit // 4)
+        if not self.messages:
+            raise ContextError("the message alone does not fit into the context; send a shorter one")
+        shortened = self._shorten(self.on_full, lambda kept: len(prompt_of(kept)) <= most)
+        return prompt_of(self.messages), shortened
+
+    def _shorten(self, how: str, fits: Callable[[Sequence[Message]], bool]) -> Shortened:
+        kept = room.drop_oldest([*self.messages], fits)
+        gone = self.messages[: len(self.messages) - len(kept)]
+        summary = None
+        if how == "summarize":
+            asked = replace(self.sampling, max_tokens=min(512, (self.context_limit or 4096) // 8))
+            helper = Chat(self._model, self._tokenizer, sampling=asked, features=self.senses.store)
+            half = (self.context_limit or 1 << 20) // 2
+            told = room.as_text(gone, lambda text: len(self._tokenizer.encode(text)) <= half)
+            summary = helper.send(f"{told}\n\n{room.SUMMARIZE}")
+            kept = room.with_summary(kept, summary)
+        self.messages[:] = kept
+        return Shortened(len(gone), summary)
+
+    def _boundaries(self, prompt: Prompt, new: list[Message], request: _Request) -> list[int]:
+        """Positions worth a way back: the end of a long system prompt, and that of the message.
+
+        History comes back without its thoughts and without whatever else opened an answer, so the next prompt is sure
+        to agree with this one up to the end of the message.
+        """
+        fixed = self._prompt([*self.messages, *new], request.thinks, request.tools, False)
+        out = {min(common_prefix(prompt.keys, fixed.keys), len(prompt) - 1)}
+        if self.system or request.tools:
+            other = self._prompt([{"role": "user", "content": "?"}], request.thinks, request.tools, False)
+            head = common_prefix(prompt.keys, other.keys)
+            out |= {head} if head >= LONG_HEAD else set()
+        return sorted(out)
+
+    def _guide(self, prompt: Prompt, request: _Request) -> Guide | None:
+        grammar = None
+        if request.response_format is not None:
+            from .structured import grammar_for
+
+            grammar = grammar_for(self._tokenizer, request.response_format, request.tools)
+        if grammar is None and request.budget is None:
+            return None
+        return TurnGuide(self._tokenizer, prompt.ids, request.thinks, request.budget, grammar)
+
+    def _tokens(
         self,
         prompt: Prompt,
         cached: int,
-        boundary: int,
+        boundaries: Sequence[int],
         sampling: Sampling,
+        guide: Guide | None,
         report: Callable[[int], bool],
     ) -> Generator[int, None, None]:
-        """Generated tokens, while the memory learns what the cache holds. Ends early when `report` says
-        False."""
-        memory, tokens = self._memory, []
-        try:
-            going = report(cached)
-            media = self.senses.encode(prompt, cached) if going else None
-            if going and boundary > cached:
-                part, begin = mx.array(prompt.ids[cached:boundary]), cached
-                step = self._prefill_step_size
-                cached += prefill(self._model, part, memory.cache, step, lambda n: report(begin + n), media)
-                memory.hold(prompt.keys)
-                media = media and media.after(cached - begin)
-                if cached == boundary:
-                    memory.mark()
-            if self._cancelled.is_set():
-                return
-            steps = generate_step(
-                mx.array(prompt.ids[cached:]),
-                self._model,
-                max_tokens=sampling.max_tokens,
-                sampler=self._sampler_for(sampling),
-                logits_processors=sampling.logits_processors(),
-                prompt_cache=memory.cache,
-                prior_tokens=prompt.ids[:cached],
-                media=media,
-                prefill_step_size=self._prefill_step_size,
-                prompt_progress_callback=lambda n, _: report(cached + n),
-            )
-            with closing(steps):
-                for token, _ in steps:
-                    tokens.append(token)
-                    yield token
-                    if self._cancelled.is_set():
-                        return
-        except (Exception, KeyboardInterrupt):
-            # The step was torn apart, or what the cache holds is the reason (NaN): neither is worth keeping.
-            memory.forget()
-            raise
-        finally:
-            memory.hold([*prompt.keys, *tokens])
+        # The towers run after the first report: a cancelled turn does not wait for them.
+        media = self.senses.encode(prompt, cached) if report(cached) else None
+        return answer_tokens(
+            self._model,
+            prompt,
+            self._memory,
+            cached=cached,
+            boundaries=boundaries,
+            media=media,
+            going=lambda: not self._cancelled.is_set(),
+            report=report,
+            step=self._prefill_step_size,
+            max_tokens=sampling.max_tokens,
+            sampler=self._sampler_for(sampling),
+            logits_processors=sampling.logits_processors(),
+            guide=guide,
+        )
 
-    def _remember(self, user: dict[str, Any], said: list[Event], finished: bool) -> None:
-        """Puts what was said into the history, or takes the question back when there is nothing."""
+    def _loaded(self, content: Any) -> Any:
+        """A result's content, with the pictures and sounds in it read."""
+        return self.senses.load(content) if isinstance(content, list) else content
+
+    def _remember(self, before: int, said: list[Any], finished: bool) -> None:
+        """Puts what was said into the history, or takes the new messages back when there is nothing."""
         if not finished and not said:
-            self.messages.pop()
+            del self.messages[before:]
             return
-        answer = {"role": "assistant", "content": "".join(e.text for e in said if e.kind == "text")}
-        thought = "".join(e.text for e in said if e.kind == "thought")
-        self.messages.append(answer | ({"reasoning_content": thought} if thought else {}))
+        calls = [_as_call(e) for e in said if isinstance(e, ToolCall | Malformed)]
+        text = "".join(e.text for e in said if isinstance(e, Text))
+        thought = "".join(e.text for e in said if isinstance(e, Thought))
+        self.messages.append(call_message(calls, text, thought))
+
+    def _numbered(self, events: Sequence[Any], said: Sequence[Any]) -> list[Any]:
+        """Calls with ids of their own, by which results are told apart."""
+        earlier = sum(len(m.get("tool_calls", ())) for m in self.messages)
+        earlier += sum(isinstance(e, ToolCall | Malformed) for e in said)
+        out = []
+        for event in events:
+            if isinstance(event, ToolCall):
+                event = replace(event, id=f"call_{earlier}")
+            earlier += isinstance(event, ToolCall | Malformed)
+            out.append(event)
+        return out
 
     def _sampler_for(self, sampling: Sampling) -> Sampler:
         """One sampler for as long as the settings stay: a seed fixes the conversation, not each answer
@@ -345,3 +519,24 @@ class Chat:
         if self._sampler is None or self._sampler[0] != sampling:
             self._sampler = (sampling, sampling.sampler())
         return self._sampler[1]
+
+    def _check_idle(self, what: str) -> None:
+        if self._busy.locked():
+            raise UsageError(f"this chat is still answering; cancel() it before {what}")
+
+
+def _as_call(event: ToolCall | Malformed) -> ToolCall:
+    """For the history: what cannot be read was a call without arguments, of the tool whose name it begins with."""
+    if isinstance(event, ToolCall):
+        return event
+    name = re.match(r"(?:<\|tool_call>)?\s*(?:call:)?\s*([\w.:/-]+)", event.raw)
+    return ToolCall(name[1].rstrip(":.-/") if name else "unknown", {}, event.raw)
+
+
+def _declarations(tools: Sequence[Any]) -> tuple[Message, ...]:
+    """Tools as the template reads them."""
+    if not tools:
+        return ()
+    from .tools import declarations
+
+    return tuple(declarations(tools))

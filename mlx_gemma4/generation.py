@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+import numpy as np
 
 from . import ple_disk
 from .errors import ContextError, Gemma4Error, UsageError
@@ -29,6 +30,7 @@ from .media.prompt import Prompt
 from .sampling import LogitsProcessor, Sampler
 
 if TYPE_CHECKING:
+    from .guides import Guide
     from .models.merging import Media
 
 # Called with (prompt tokens done, prompt tokens in all); False cancels.
@@ -132,6 +134,7 @@ def generate_step(
     prefill_step_size: int = 2048,
     prompt_progress_callback: Progress | None = None,
     media: "Media | None" = None,
+    guide: "Guide | None" = None,
 ) -> Generator[tuple[int, mx.array], None, None]:
     """Yields (token, logprobs [V]) without end at stop tokens: closing the generator is the caller's part.
 
@@ -139,9 +142,10 @@ def generate_step(
     log-probabilities [1, V] -> ids [1]; None is greedy. See `make_sampler`. prompt_cache: updated in place;
     None makes one. prior_tokens: what it holds already, which only logits_processors look at (without it they
     would see less of a continued conversation than of the same one computed afresh).
-    media: what of the prompt are pictures or sound, from `Senses.encode`. prompt_progress_callback(done, total):
-    before, between and after the prompt's chunks; False ends the generator without a token, the cache holding what
-    was done.
+    media: what of the prompt are pictures or sound, from `Senses.encode`. guide: says what may come next; each token
+    is then known before the next one is chosen, while the device computes its logits.
+    prompt_progress_callback(done, total): before, between and after the prompt's chunks; False ends the generator
+    without a token, the cache holding what was done.
 
     Raises UsageError for arguments out of range, ContextError when the prompt does not fit, Gemma4Error when
     the first logits are not numbers.
@@ -161,10 +165,13 @@ def generate_step(
     if processors and len(prior_tokens) > 0:
         seen = mx.concatenate([mx.array(list(prior_tokens), prompt.dtype), prompt])
 
-    def step(tokens: mx.array, **soft: Any) -> tuple[mx.array, mx.array]:
+    def forward(tokens: mx.array, **soft: Any) -> mx.array:
         logits = model(tokens[None], cache=cache, **soft)[:, -1, :]
         for process in processors:
             logits = process(seen, logits)
+        return logits
+
+    def choose(logits: mx.array) -> tuple[mx.array, mx.array]:
         logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         return pick(logprobs), logprobs.squeeze(0)
 
@@ -180,7 +187,8 @@ def generate_step(
         prefill(model, prompt[:last], cache, prefill_step_size, report, media)
     if not going:
         return
-    token, logprobs = step(prompt[last:], **_soft(media, last, total))
+    logits = forward(prompt[last:], **_soft(media, last, total))
+    token, logprobs = choose(logits) if guide is None else guided(logits, guide, choose)
     mx.async_eval(token, logprobs)
     if mx.any(mx.isnan(logprobs)).item():
         raise Gemma4Error("the model's first logits are not numbers (NaN); check the weights with --check")
@@ -188,23 +196,45 @@ def generate_step(
         return
 
     # Foreign samplers and processors may evaluate what they are given, while rows of a table on disk are not there yet.
-    lazy = not processors and (sampler is None or isinstance(sampler, Sampler))
+    lazy = not processors and guide is None and (sampler is None or isinstance(sampler, Sampler))
     n = 1
     while True:
-        following = None
+        following: Any = None  # the next logits under a guide, else the next token with its logprobs
+        if guide is not None:
+            guide.advance(int(token.item()))  # type: ignore[arg-type]
         if n != max_tokens:
             if processors:
                 seen = mx.concatenate([seen, token])
             with ple_disk.late() if lazy else nullcontext():
-                following = step(token)
-            mx.async_eval(*following)
+                logits = forward(token)
+                following = logits if guide is not None else choose(logits)
+            mx.async_eval(following)
         yield int(token.item()), logprobs  # type: ignore[arg-type]
         if following is None:
             return
-        token, logprobs = following
+        token, logprobs = following if guide is None else guided(following, guide, choose)
         if n % CLEAR_EVERY == 0:
             mx.clear_cache()
         n += 1
+
+
+def guided(
+    logits: mx.array, guide: "Guide", choose: Callable[[mx.array], tuple[mx.array, mx.array]]
+) -> tuple[mx.array, mx.array]:
+    """`choose` among what `guide` allows: (token [1], logprobs [V]); a forced token leaves the probabilities alone.
+
+    Raises Gemma4Error when nothing is allowed.
+    """
+    if (token := guide.forced()) is not None:
+        return mx.array([token]), choose(logits)[1]
+    allowed = guide.mask()
+    if allowed is None:
+        return choose(logits)
+    if not allowed.any():
+        raise Gemma4Error("the grammar allows no token here; check the schema, and that its tokenizer is the model's")
+    width = logits.shape[-1]
+    allowed = mx.array(np.pad(allowed[:width], (0, max(0, width - len(allowed)))))
+    return choose(mx.where(allowed, logits, -mx.inf))
 
 
 def stream_generate(

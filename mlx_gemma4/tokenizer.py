@@ -12,6 +12,7 @@ this object.
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,13 @@ class Tokenizer:
     def token_id(self, token: str | None) -> int | None:
         """The id of exactly this token, or None."""
         return None if token is None else self._raw.token_to_id(token)
+
+    @cached_property
+    def constraint_vocabulary(self) -> Any:
+        """The vocabulary as llguidance reads it (an `LLTokenizer`); a second or so for 262,144 tokens, made once."""
+        from llguidance import LLTokenizer
+
+        return LLTokenizer(self._raw.to_str(), eos_token=sorted(self.eos_token_ids))
 
     def convert_tokens_to_ids(self, tokens: str | list[str]) -> Any:
         return self.token_id(tokens) if isinstance(tokens, str) else [self.token_id(t) for t in tokens]

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from tiny import write_tokenizer
 
+from mlx_gemma4.events import Text, Thought
 from mlx_gemma4.tokenizer import Tokenizer
-from mlx_gemma4.turns import Event, TurnParser, render
+from mlx_gemma4.turns import TurnParser, render
 
 TEMPLATES = Path(__file__).parent / "fixtures" / "chat_template"
 OPEN, CLOSE, TURN_END = 100, 101, 106
@@ -112,12 +113,12 @@ def test_events_come_as_early_as_they_can(tokenizer):
     for token in tokenizer.encode("thought\n", add_special_tokens=False):
         assert parser.feed(token) == []
     (a, newline, b) = (tokenizer.token_id(t) for t in ("a", "\n", "b"))
-    assert parser.feed(a) == [Event("thought", "a")]
+    assert parser.feed(a) == [Thought("a")]
     assert parser.feed(newline) == []  # may be the one before <channel|>
-    assert parser.feed(b) == [Event("thought", "\nb")]
+    assert parser.feed(b) == [Thought("\nb")]
     assert parser.feed(newline) == []
     assert parser.feed(CLOSE) == []
-    assert parser.feed(b) == [Event("text", "b")]
+    assert parser.feed(b) == [Text("b")]
 
 
 # The published templates

@@ -24,12 +24,14 @@ from .base import LayerCache, Snapshot, View, WindowView
 from .compressed import CompressedCache
 from .compressed_one_vector import CompressedOneVectorCache
 from .compressed_sliding import CompressedSlidingCache
-from .files import load, save
+from .blocks import BlockSnapshot
+from .files import fill, load, open_saved, save
 from .full import GlobalCache
 from .one_vector import KeyForm, OneVectorCache
 from .sliding import ChunkView, SlidingCache
 
 __all__ = [
+    "BlockSnapshot",
     "ChunkView",
     "CompressedCache",
     "CompressedOneVectorCache",
@@ -44,8 +46,10 @@ __all__ = [
     "WindowView",
     "can_trim",
     "cut_point",
+    "fill",
     "load",
     "nbytes",
+    "open_saved",
     "restore",
     "save",
     "snapshot",

@@ -94,6 +94,11 @@ class LayerCache:
             setattr(self, name, contents.get(name))
         self._stand_at(place)
 
+    def take_over(self, other: "LayerCache") -> None:
+        """Becomes what `other`, of the same settings, is; for a cache that is still empty. Its snapshots serve both."""
+        self.settle(other.contents(), other.place())
+        self._truncations = list(other._truncations)
+
     def _stand_at(self, place: dict[str, Any]) -> None:
         self.offset = place["offset"]
         self.left_padding = tuple(place["left_padding"]) if place["left_padding"] else None

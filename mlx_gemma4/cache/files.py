@@ -23,17 +23,22 @@ FORMAT = "mlx-gemma4 cache 1"
 
 
 def save(
-    path: str | os.PathLike[str], caches: Sequence[LayerCache], model: str, notes: Mapping[str, Any] | None = None
+    path: str | os.PathLike[str],
+    caches: Sequence[LayerCache],
+    model: str,
+    notes: Mapping[str, Any] | None = None,
+    extra: Mapping[str, mx.array] | None = None,
 ) -> None:
     """Writes the caches of all layers to `path`, which must end in .safetensors; replaces it only when all is written.
 
-    model: names what computed them, as `Model.cache_identity`. Raises UsageError, and Gemma4Error when it cannot be
-    written.
+    model: names what computed them, as `Model.cache_identity`. extra: more arrays, under names that do not begin with
+    "layers.". Raises UsageError, and Gemma4Error when it cannot be written.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise UsageError(f"{path} must end in .safetensors")
     arrays = {f"layers.{i}.{name}": a for i, c in enumerate(caches) for name, a in c.saved().items()}
+    arrays |= extra or {}
     layers = [{"settings": c.settings(), "place": c.place()} for c in caches]
     metadata = {"format": FORMAT, "model": model, "layers": json.dumps(layers), "notes": json.dumps(dict(notes or {}))}
     part = path.with_name(f".{path.stem}.{os.getpid()}.safetensors")
@@ -46,14 +51,16 @@ def save(
 
 
 def load(path: str | os.PathLike[str], caches: Sequence[LayerCache], model: str) -> dict[str, Any]:
-    """Fills `caches`, new from `model.make_cache`, with what `save` wrote; returns its notes.
+    """Fills `caches`, new from `model.make_cache`, with what `save` wrote; returns its notes. Raises as `fill`."""
+    return fill(path, open_saved(path), caches, model)[0]
 
-    Raises Gemma4Error, before any cache is changed, when the file is not of this format, of this model or of these
-    settings.
-    """
+
+Saved = tuple[dict[str, mx.array], dict[str, str]]  # arrays, not yet read, and metadata
+
+
+def open_saved(path: str | os.PathLike[str]) -> Saved:
+    """A file that `save` wrote. Raises Gemma4Error when it is none."""
     path = Path(path)
-    if any(not c.empty() for c in caches):
-        raise UsageError("a saved cache is loaded into new caches; these hold something already")
     try:
         found = mx.load(str(path), return_metadata=True)
     except (OSError, RuntimeError, ValueError):
@@ -61,6 +68,20 @@ def load(path: str | os.PathLike[str], caches: Sequence[LayerCache], model: str)
     arrays, metadata = found if isinstance(found, tuple) else ({}, {})
     if metadata.get("format") != FORMAT:
         raise Gemma4Error(f"{path} has the format {metadata.get('format')!r}, this version reads {FORMAT!r}")
+    return arrays, metadata
+
+
+def fill(
+    path: str | os.PathLike[str], saved: Saved, caches: Sequence[LayerCache], model: str
+) -> tuple[dict[str, Any], dict[str, mx.array]]:
+    """Fills `caches`, new from `model.make_cache`, from an open file; returns its notes and extra arrays.
+
+    Raises Gemma4Error, before any cache is changed, when the file is not of this model or of these settings, and
+    UsageError for caches that hold something.
+    """
+    path, (arrays, metadata) = Path(path), saved
+    if any(not c.empty() for c in caches):
+        raise UsageError("a saved cache is loaded into new caches; these hold something already")
     if metadata["model"] != model:
         raise Gemma4Error(f"{path} was saved by another model ({metadata['model']}; this one is {model})")
     layers = json.loads(metadata["layers"])
@@ -81,7 +102,7 @@ def load(path: str | os.PathLike[str], caches: Sequence[LayerCache], model: str)
         prefix = f"layers.{i}."
         mine = {name.removeprefix(prefix): a for name, a in arrays.items() if name.startswith(prefix)}
         c.settle(mine, layer["place"])
-    return json.loads(metadata["notes"])
+    return json.loads(metadata["notes"]), {n: a for n, a in arrays.items() if not n.startswith("layers.")}
 
 
 def _words(settings: dict[str, Any], other: dict[str, Any], name: str = "") -> str:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
 
 from ..cache import LayerCache
 from ..config import Gemma4Config, TextConfig
@@ -92,6 +94,19 @@ class Model(nn.Module):
         """What `cache.save` and `cache.load` call this model: a hash of the graph's shapes, not of its weights."""
         text = dataclasses.replace(self.config.text, max_position_embeddings=0)  # the graph does not depend on it
         return f"{self.model_type} {hashlib.sha256(repr(text).encode()).hexdigest()[:16]}"
+
+    @property
+    def weights_identity(self) -> str:
+        """`cache_identity` and a hash of some numbers of every tensor: what a saved conversation must agree with.
+
+        Sixteen numbers of each, so the files are not read again; a tensor changed elsewhere only is not noticed.
+        """
+        flat: list[tuple[str, mx.array]] = tree_flatten(self.parameters())  # type: ignore[assignment]
+        digest = hashlib.sha256(repr([(name, a.shape, str(a.dtype)) for name, a in flat]).encode())
+        rows = [a.reshape(-1) for _, a in flat]
+        some = mx.concatenate([r[begin : begin + 8].astype(mx.float32) for r in rows for begin in (0, r.size // 2)])
+        digest.update(np.array(some).tobytes())
+        return f"{self.cache_identity} weights {digest.hexdigest()[:16]}"
 
     def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         return channels_last(sanitize(weights, self.config, self.towers))

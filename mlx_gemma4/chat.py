@@ -151,7 +151,7 @@ class Chat:
         """Answers `message`, one event at a time; the last is `Done`.
 
         message: text, or text and media in a list of parts, see `media/content.py`. images, audio, videos: sources
-        that come before it, as in {"type": "image", "image": source}; a sound's samples as (array, rate).
+        that come before it, as in {"type": "image", "image": source}; samples or frames in an array as `items.Rated`.
         thinking, tools: for this turn, instead of the chat's own. response_format: what the answer must look like, see
         `structured.py`; a thought before it is free.
 

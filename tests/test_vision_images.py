@@ -336,11 +336,11 @@ def test_a_file_too_large_is_not_read(tmp_path, monkeypatch):
 def test_formats_that_run_something_are_not_opened():
     """PostScript, for which Pillow would start an interpreter."""
     assert "is not a picture" in refused(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n")
-    assert "EPS" not in images._formats()
+    assert "EPS" not in images.formats()
 
 
 def test_heic_without_its_decoder(monkeypatch):
-    monkeypatch.setattr(images, "_formats", lambda: ("PNG",))
+    monkeypatch.setattr(images, "formats", lambda: ("PNG",))
     data = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64)
     assert "pip install 'mlx-gemma4[heic]'" in refused(data)
 

@@ -1,11 +1,13 @@
 """Sound files in, clips the audio tower hears out.
 
-Owns: reading wav, aiff, flac, mp3 and ogg (vorbis) through miniaudio, and m4a and aac through macOS's `afconvert`; one
-line for everything that cannot be heard; any channels and rate to mono at 16 kHz; cutting what is longer than the
-tower hears at once into overlapping windows. Leaves the bytes of a source to `sources.py`, features to `mel.py` and the
+Owns: reading wav, aiff, flac, mp3 and ogg (vorbis) through miniaudio, m4a and aac through macOS's `afconvert`, and
+those elsewhere, opus, webm and the sound of videos through PyAV where it is installed; one line for everything that
+cannot be heard; any channels and rate to mono at 16 kHz; cutting what is longer than the tower hears at once into
+overlapping windows. Leaves the bytes of a source to `sources.py`, PyAV to `container.py`, features to `mel.py` and the
 network to `models/audio.py`.
 """
 
+import io
 import math
 import os
 import shlex
@@ -127,13 +129,13 @@ def describe(clips: Sequence[ProcessedClip]) -> str | None:
         return None
     longest = max(clip.stop - clip.start for clip in clips)
     return (
-        f"{clips[0].name} lasts {_clock(clips[-1].stop)} and the model hears {WINDOW_SECONDS} s at once: it gets "
+        f"{clips[0].name} lasts {clock(clips[-1].stop)} and the model hears {WINDOW_SECONDS} s at once: it gets "
         f"{len(clips)} windows of {longest:.0f} s that overlap by {OVERLAP_SECONDS} s, "
         f"{sum(clip.tokens for clip in clips):,} tokens in all"
     )
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     """ "45.0 s", "1:05" or "1:02:05" """
     if seconds < 60:
         return f"{seconds:.1f} s"
@@ -165,7 +167,7 @@ def _check_rate(rate: int | None, name: str) -> int:
 def _check_length(seconds: float, name: str) -> None:
     if seconds > MAX_SECONDS:
         raise MediaError(
-            f"{name} lasts {_clock(seconds)}, more than the model's context holds ({_clock(MAX_SECONDS)}); cut it"
+            f"{name} lasts {clock(seconds)}, more than the model's context holds ({clock(MAX_SECONDS)}); cut it"
         )
 
 
@@ -175,7 +177,10 @@ def _decode(data: bytes, name: str) -> tuple[np.ndarray, int]:
     if kind is None:
         raise MediaError(f"{name} is no sound file; give {READS}")
     if kind not in ("wav", "flac", "mp3", "vorbis"):
-        data, kind = _platform_decode(data, kind, name), "wav"
+        tool = shutil.which("afconvert") if kind in ("m4a", "aac", "caf") else None
+        if tool is None:
+            return _container_decode(data, kind, name)
+        data, kind = _platform_decode(tool, data, kind, name), "wav"
     try:
         import miniaudio
     except ImportError:
@@ -262,13 +267,27 @@ def _kind(data: bytes) -> str | None:
     return None
 
 
-def _platform_decode(data: bytes, kind: str, name: str) -> bytes:
-    """A wav file from what the operating system decodes and miniaudio does not."""
-    tool = shutil.which("afconvert") if kind in ("m4a", "aac", "caf") else None
-    if tool is None:
-        here = " here (only macOS does)" if kind in ("m4a", "aac", "caf") else ""
+def _container_decode(data: bytes, kind: str, name: str) -> tuple[np.ndarray, int]:
+    """Mono float32 samples and their rate from what miniaudio does not decode, through PyAV."""
+    from .container import INSTALL, Clip, available
+
+    if not available():
         file = shlex.quote(name if Path(name).suffix else f"sound.{kind}")
-        raise MediaError(f"{name} is {kind}, which is not decoded{here}; convert it: ffmpeg -i {file} sound.wav")
+        raise MediaError(
+            f"{name} is {kind}, which needs the decoder PyAV: {INSTALL}; or convert it: ffmpeg -i {file} sound.wav"
+        )
+    parts, found, rate = [], 0, 0
+    for part, rate in Clip(io.BytesIO(data), name, "sound").sound():
+        parts.append(part)
+        found += len(part)
+        _check_length(found / rate, name)
+    if not found:
+        raise MediaError(f"{name} holds no sound; record or export it again")
+    return np.concatenate(parts), rate
+
+
+def _platform_decode(tool: str, data: bytes, kind: str, name: str) -> bytes:
+    """A wav file from what the operating system decodes and miniaudio does not."""
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, f"in.{kind}"), Path(folder, "out.wav")
         source.write_bytes(data)

@@ -7,7 +7,7 @@ A caller writes text, or a list of parts; OpenAI's spellings are understood:
     {"type": "text", "text": "What is this?"}
     {"type": "image", "image": SOURCE}          {"type": "image_url", "image_url": {"url": "data:..."}}
     {"type": "audio", "audio": SOURCE}          {"type": "input_audio", "input_audio": {"data": "UklG...", ...}}
-    {"type": "video", "video": SOURCE}
+    {"type": "video", "video": SOURCE}          with "rate" beside samples or frames in an array
 
 A conversation keeps an `Item` in the place of each source, so that a file may change or go; a template is shown the
 part's type alone.
@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from ..errors import UsageError
-from .items import KINDS, Item
+from .items import KINDS, Item, Rated
 from .sources import MediaError
 
 Content = str | list[dict[str, Any]]
@@ -113,6 +113,6 @@ def _read(part: Any) -> tuple[str, Any]:
             raise UsageError(f"a part of type 'text' holds {type(source).__name__}, not text")
     elif kind not in KINDS:
         raise UsageError(f"a part of type {kind!r} is not known; there are text, {', '.join(KINDS)}")
-    elif kind == "audio" and "rate" in part:
-        source = (source, part["rate"])
+    elif "rate" in part:
+        source = Rated(source, part["rate"])
     return kind, source

@@ -40,7 +40,7 @@ MAX_PIXELS = 178_956_970
 # Formats with nothing to run and no other files to open, unlike e.g. EPS.
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "AVIF", "HEIF", "JPEG2000", "ICO", "PPM", "TGA")
 _READS = "PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF and HEIC are read"
-_HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
+HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 _ORIENTATION = 0x0112  # the EXIF tag
 _STRIP = 4 << 20  # pixels made opaque at a time
 
@@ -92,16 +92,16 @@ def open_image(source: "Source", *, allow_urls: bool = False) -> "Image.Image":
     if isinstance(source, Image.Image):
         return _decode(source, "the picture")
     data, name = read_source(source, what="picture", allow_urls=allow_urls)
-    formats = _formats()
+    readable = formats()
     try:
         with warnings.catch_warnings():
             # Pillow warns from half of MAX_PIXELS; and of EXIF blocks it cannot read.
             warnings.simplefilter("ignore")
-            found = Image.open(io.BytesIO(data), formats=formats)
+            found = Image.open(io.BytesIO(data), formats=readable)
     except Image.DecompressionBombError as e:
         raise MediaError(f"{name} is too large ({e}); scale it down first") from None
     except Exception:  # a plugin may raise anything at damaged data
-        if data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS and "HEIF" not in formats:
+        if data[4:8] == b"ftyp" and data[8:12] in HEIC_BRANDS and "HEIF" not in readable:
             raise MediaError(f"{name} is HEIC, which needs a decoder: pip install 'mlx-gemma4[heic]'") from None
         raise MediaError(f"{name} is not a picture, or damaged; {_READS}") from None
     return _decode(found, name)
@@ -248,7 +248,7 @@ def _from_array(pixels: np.ndarray) -> "Image.Image":
 
 
 @cache
-def _formats() -> tuple[str, ...]:
+def formats() -> tuple[str, ...]:
     """Those of `_FORMATS` that this machine decodes."""
     from PIL import Image
 

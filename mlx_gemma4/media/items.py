@@ -7,7 +7,7 @@ Owns `Item`, how many tokens one costs, and the settings of a conversation (`Med
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ..errors import UsageError
 from .audio import ProcessedClip, clips_of, describe, read_sound
@@ -34,6 +34,13 @@ class MediaSettings:
         for budget in (self.image_tokens, self.video_tokens):
             if budget not in (None, "auto"):
                 check_budget(budget)  # type: ignore[arg-type]
+
+
+class Rated(NamedTuple):
+    """Samples or frames in an array, so many a second."""
+
+    source: Any
+    rate: Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +84,11 @@ def audio_item(source: Any, rate: int | None = None, *, allow_urls: bool = False
     return Item("audio", name_of(source, "sound"), tuple(clips), notes=(said,) if said else ())
 
 
-def video_items(source: Any, settings: MediaSettings, hears: bool) -> list[Item]:
-    """The frames, and for a model that hears the soundtrack as a sound of its own. Raises MediaError, UsageError."""
+def video_items(source: Any, settings: MediaSettings, hears: bool, rate: float | None = None) -> list[Item]:
+    """The frames, and for a model that hears the soundtrack as a sound of its own.
+
+    source, rate: see `video.load_video`. Raises MediaError, UsageError.
+    """
     from .video import load_video
 
     video = load_video(
@@ -87,10 +97,10 @@ def video_items(source: Any, settings: MediaSettings, hears: bool) -> list[Item]
         max_frames=settings.max_frames,
         max_soft_tokens=settings.video_tokens or 70,
         sound=hears and settings.video_sound,
+        rate=rate,
         allow_urls=settings.allow_urls,
     )
-    stamps = tuple(f"{int(s // 60):02d}:{int(s % 60):02d}" for s in video.seconds)
-    items = [Item("video", video.name, video.frames, stamps, (video.note,) if video.note else ())]
+    items = [Item("video", video.name, video.frames, video.stamps, (video.note,) if video.note else ())]
     if video.sound is not None:
         clips = clips_of(video.sound)
         said = describe(clips)
@@ -110,7 +120,8 @@ def auto_budget(width: int, height: int) -> int:
 def load_items(kind: str, source: Any, settings: MediaSettings, *, image_tokens: int, hears: bool) -> list[Item]:
     """What a part of a message becomes: one item, for a video with sound two.
 
-    image_tokens: the model's own budget, where the settings name none. hears: whether the model has ears.
+    source: a file or the like, for samples or frames in an array with their rate (`Rated`). image_tokens: the model's
+    own budget, where the settings name none. hears: whether the model has ears.
 
     Raises MediaError in one line; UsageError for a kind that is none.
     """
@@ -120,11 +131,11 @@ def load_items(kind: str, source: Any, settings: MediaSettings, *, image_tokens:
         return [source]
     if kind == "image":
         return [image_item(source, settings.image_tokens or image_tokens, allow_urls=settings.allow_urls)]
+    source, rate = source if isinstance(source, Rated) else (source, None)
     if kind == "audio":
-        sound, rate = source if isinstance(source, tuple) else (source, None)
-        return [audio_item(sound, rate, allow_urls=settings.allow_urls)]
+        return [audio_item(source, rate, allow_urls=settings.allow_urls)]
     if kind == "video":
-        return video_items(source, settings, hears)
+        return video_items(source, settings, hears, rate)
     raise UsageError(f"a part of kind {kind!r} is not known; there are text, {', '.join(KINDS)}")
 
 

@@ -46,11 +46,13 @@ def read_source(
             data, name = _data_url(text, what), f"the {what}"
         elif scheme in ("http", "https"):
             if not allow_urls:
-                raise MediaError(f"{_short(text)} is on the network, and fetching is not allowed; download it first")
-            data, name = _fetch(text, max_bytes), _short(text)
+                raise MediaError(
+                    f"{short_name(text)} is on the network, and fetching is not allowed; download it first"
+                )
+            data, name = _fetch(text, max_bytes), short_name(text)
         else:
-            path = _from_file_url(text) if scheme == "file" else Path(text).expanduser()
-            data, name = _read(path, what, max_bytes), _short(str(path))
+            path = path_of_url(text) if scheme == "file" else Path(text).expanduser()
+            data, name = _read(path, what, max_bytes), short_name(str(path))
     if not data:
         raise MediaError(f"{name} is empty (0 bytes); download or export it again")
     if len(data) > max_bytes:
@@ -67,11 +69,11 @@ def name_of(source: object, otherwise: str) -> str:
         return otherwise
     if "://" in text[:10]:
         text = os.fsdecode(unquote_to_bytes(urlsplit(text).path))
-    return _short(Path(text).name) or otherwise
+    return short_name(Path(text).name) or otherwise
 
 
 def _read(path: Path, what: str, max_bytes: int) -> bytes:
-    name = _short(str(path))
+    name = short_name(str(path))
     try:
         if path.is_dir():
             raise MediaError(f"{name} is a folder; give the file of the {what}")
@@ -86,10 +88,10 @@ def _read(path: Path, what: str, max_bytes: int) -> bytes:
         raise MediaError(f"{name} cannot be read ({getattr(e, 'strerror', None) or e})") from None
 
 
-def _from_file_url(url: str) -> Path:
+def path_of_url(url: str) -> Path:
     parts = urlsplit(url)
     if parts.netloc not in ("", "localhost"):
-        raise MediaError(f"{_short(url)} names another machine; file:// URLs are for this one (file:///path)")
+        raise MediaError(f"{short_name(url)} names another machine; file:// URLs are for this one (file:///path)")
     return Path(os.fsdecode(unquote_to_bytes(parts.path)))
 
 
@@ -108,7 +110,7 @@ def _fetch(url: str, max_bytes: int) -> bytes:
     from urllib.error import URLError
     from urllib.request import Request, urlopen
 
-    name, stop, parts, total = _short(url), time.monotonic() + DEADLINE, [], 0
+    name, stop, parts, total = short_name(url), time.monotonic() + DEADLINE, [], 0
     try:
         with urlopen(Request(url, headers={"User-Agent": "mlx-gemma4"}), timeout=TIMEOUT) as answer:
             read: Callable[[int], Any] = answer.read1
@@ -131,7 +133,7 @@ def _too_large(name: str, size: int, limit: int) -> MediaError:
     return MediaError(f"{name} is {at_least}{size / 1e6:.0f} MB; at most {limit / 1e6:.0f} MB are read")
 
 
-def _short(text: str) -> str:
+def short_name(text: str) -> str:
     """A name for one line: no control characters, and not the whole of an endless one."""
     text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(text) <= 200 else f"{text[:120]}...{text[-60:]}"

@@ -18,7 +18,8 @@ HASHES = {
     "small": "0a2c8073c878ab1da004bee933a998606537bbb62016310352c7285c3f01c5b5",
     "large": "ae53464bf3be25802b3a5b37def7fd89667067d7577049b3b2d74c4d8de4c6d4",
 }
-GOLDEN = json.loads((FOLDER / "golden.json").read_text(encoding="utf-8"))
+# golden.json: of the templates' features; conversations.json: of the messages this package makes.
+GOLDEN = [c for file in ("golden", "conversations") for c in json.loads((FOLDER / f"{file}.json").read_text("utf-8"))]
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -26,7 +27,7 @@ def test_fixtures_are_the_published_files(name):
     assert hashlib.sha256(SOURCES[name].encode()).hexdigest() == HASHES[name]
 
 
-@pytest.mark.parametrize("case", GOLDEN, ids=lambda c: f"{c['template']}-{c['name']}")
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda c: f"{c['template']}-{c['name']}-{c['add_generation_prompt']}")
 def test_renders_as_transformers_does(case):
     variables = {k: case[k] for k in ("messages", "tools", "add_generation_prompt", "bos_token")}
 

@@ -6,26 +6,24 @@ steps to `generation.py`, what to keep to `reuse.py`, turns to `chat.py`.
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 
 from .generation import generate_step, prefill
 from .media.prompt import Prompt
 from .reuse import PromptMemory
-
-if TYPE_CHECKING:
-    from .models.merging import Media
+from .senses import Senses
 
 
 def answer_tokens(
     model: Any,
     prompt: Prompt,
     memory: PromptMemory,
+    senses: Senses,
     *,
     cached: int,
     boundaries: Sequence[int],
-    media: "Media | None",
     going: Callable[[], bool],
     report: Callable[[int], bool],
     step: int,
@@ -33,13 +31,15 @@ def answer_tokens(
 ) -> Generator[int, None, None]:
     """Yields generated tokens; ends early once `going()` or `report(position)` is False.
 
-    memory: holds the first `cached` positions of the prompt. boundaries: positions worth a way back, in order. media:
-    the features from position `cached` on. step: positions per prefill chunk. options: `generate_step`'s.
+    memory: holds the first `cached` positions of the prompt. boundaries: positions worth a way back, in order. step:
+    positions per prefill chunk. options: `generate_step`'s.
 
     Whatever happens, the memory then agrees with its cache; when a step was torn apart, it is empty.
     """
     tokens: list[int] = []
     try:
+        # The towers run after the first report: an answer that was cancelled does not wait for them.
+        media = senses.encode(prompt, cached) if report(cached) else None
         for boundary in boundaries:
             if boundary <= cached or not going():
                 continue

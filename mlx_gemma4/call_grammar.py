@@ -17,7 +17,9 @@ A call without notes renders to exactly the text it was read from; `read` checks
 
 What text alone cannot resolve: the template writes keys bare, so a key is what a declared property says, longest first,
 and else what stands before the first colon. Keys that are not declared and contain `:,{}[]`, or begin or end in white
-space, are lost in the template's own rendering; so is a declared key that begins with another one and a colon.
+space, are lost in the template's own rendering; so is a declared key that begins with another one and a colon. A string
+that holds the text `<|"|>` comes back with `"`, and one with a stop token's text ends the turn, once the template's
+text has been tokenized; spelled out in ordinary tokens both are safe.
 """
 
 import math

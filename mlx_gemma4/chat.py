@@ -8,8 +8,8 @@ The prompt of every turn is the whole conversation, rendered afresh by the check
 cache only saves time. So nothing that happens to the cache can change what the model reads.
 """
 
+import itertools
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -34,7 +34,8 @@ from .reuse import PromptMemory, common_prefix
 from .sampling import Sampler, Sampling
 from .senses import Senses
 from .tokenizer import Tokenizer
-from .tool_calls import call_message, result_message
+from .tool_calls import as_call, call_message, numbered, result_message
+from .tools import declarations
 from .turns import TurnParser
 
 # Called with (prompt tokens computed, prompt tokens to compute); False cancels.
@@ -189,7 +190,7 @@ class Chat:
         """
 
         def load() -> list[Message]:
-            told = [result_message(_as_call(call), result) for call, result in results]
+            told = [result_message(as_call(call), result) for call, result in results]
             return [m | {"content": self._loaded(m["content"])} for m in told]
 
         yield from self._locked(load, thinking, tools, response_format, progress)
@@ -212,7 +213,7 @@ class Chat:
         self._memory.forget()
 
     def set_system(self, system: str | None) -> None:
-        """Changes the system prompt from the next turn on. The history stays; the cache starts anew."""
+        """Changes the system prompt from the next turn on; the history stays and is read again."""
         self.system = system
 
     def set_kv(self, **options: Any) -> None:
@@ -238,8 +239,6 @@ class Chat:
             raise UsageError(f"a conversation is shortened by {' or '.join(room.ON_FULL[1:])}, not {how!r}")
         limit = self.context_limit
         return self._shorten(how, lambda kept: limit is None or len(self._prompt(kept, False, ())) <= limit // 2)
-
-    # Keeping
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the conversation and its cache to `path` (.safetensors). Raises UsageError, Gemma4Error."""
@@ -282,8 +281,6 @@ class Chat:
         other._memory = self._memory.copy()
         return other
 
-    # Figures
-
     @property
     def context_used(self) -> int:
         """Positions the cache holds."""
@@ -307,8 +304,6 @@ class Chat:
         """What each layer's cache applies, one line each."""
         return self._memory.status()
 
-    # One turn
-
     def _locked(
         self,
         load: Callable[[], list[Message]],
@@ -327,7 +322,7 @@ class Chat:
                 self.sampling,
                 thinks,
                 budget,
-                _declarations(self.tools if tools is None else tools),
+                tuple(declarations(self.tools if tools is None else tools)),
                 response_format,
                 progress or (lambda done, total: None),
             )
@@ -349,6 +344,7 @@ class Chat:
         started = time.perf_counter()
         cached = self._memory.reuse(prompt.keys)
         guard = RepetitionGuard() if self.loop_guard else None
+        calls = itertools.count(sum(len(m.get("tool_calls", ())) for m in self.messages))
         said: list[Any] = []
         count, thought, reason = 0, 0, "cancelled"
         prompt_seconds = generation_seconds = 0.0
@@ -358,8 +354,23 @@ class Chat:
                 self._cancelled.set()
             return not self._cancelled.is_set()
 
+        steps = answer_tokens(
+            self._model,
+            prompt,
+            self._memory,
+            self.senses,
+            cached=cached,
+            boundaries=boundaries,
+            going=lambda: not self._cancelled.is_set(),
+            report=report,
+            step=self._prefill_step_size,
+            max_tokens=request.sampling.max_tokens,
+            sampler=self._sampler_for(request.sampling),
+            logits_processors=request.sampling.logits_processors(),
+            guide=guide,
+        )
         try:
-            with closing(self._tokens(prompt, cached, boundaries, request.sampling, guide, report)) as tokens:
+            with closing(steps) as tokens:
                 for token in tokens:
                     count += 1
                     if count == 1:
@@ -367,7 +378,7 @@ class Chat:
                     else:
                         generation_seconds = time.perf_counter() - started
                     inside = parser.state in THINKING
-                    events = self._numbered(parser.feed(token), said)
+                    events = numbered(parser.feed(token), calls)
                     thought += inside or parser.state in THINKING
                     if parser.stopped:
                         reason = "stop"
@@ -376,7 +387,7 @@ class Chat:
                     elif guard is not None and guard.stuck(token):
                         reason = "repetition"
                     if reason != "cancelled":
-                        events += self._numbered(parser.finish(), [*said, *events])
+                        events += numbered(parser.finish(), calls)
                     said += events
                     if reason == "stop" and any(isinstance(e, ToolCall | Malformed) for e in said):
                         reason = "tool_calls"
@@ -424,13 +435,12 @@ class Chat:
 
     def _shorten(self, how: str, fits: Callable[[Sequence[Message]], bool]) -> Shortened:
         kept = room.drop_oldest([*self.messages], fits)
-        gone = self.messages[: len(self.messages) - len(kept)]
-        summary = None
+        gone, summary = self.messages[: len(self.messages) - len(kept)], None
         if how == "summarize":
-            asked = replace(self.sampling, max_tokens=min(512, (self.context_limit or 4096) // 8))
+            limit = self.context_limit or 4096
+            asked = replace(self.sampling, max_tokens=min(512, limit // 8))
             helper = Chat(self._model, self._tokenizer, sampling=asked, features=self.senses.store)
-            half = (self.context_limit or 1 << 20) // 2
-            told = room.as_text(gone, lambda text: len(self._tokenizer.encode(text)) <= half)
+            told = room.as_text(gone, lambda text: len(self._tokenizer.encode(text)) <= limit // 2)
             summary = helper.send(f"{told}\n\n{room.SUMMARIZE}")
             kept = room.with_summary(kept, summary)
         self.messages[:] = kept
@@ -460,33 +470,6 @@ class Chat:
             return None
         return TurnGuide(self._tokenizer, prompt.ids, request.thinks, request.budget, grammar)
 
-    def _tokens(
-        self,
-        prompt: Prompt,
-        cached: int,
-        boundaries: Sequence[int],
-        sampling: Sampling,
-        guide: Guide | None,
-        report: Callable[[int], bool],
-    ) -> Generator[int, None, None]:
-        # The towers run after the first report: a cancelled turn does not wait for them.
-        media = self.senses.encode(prompt, cached) if report(cached) else None
-        return answer_tokens(
-            self._model,
-            prompt,
-            self._memory,
-            cached=cached,
-            boundaries=boundaries,
-            media=media,
-            going=lambda: not self._cancelled.is_set(),
-            report=report,
-            step=self._prefill_step_size,
-            max_tokens=sampling.max_tokens,
-            sampler=self._sampler_for(sampling),
-            logits_processors=sampling.logits_processors(),
-            guide=guide,
-        )
-
     def _loaded(self, content: Any) -> Any:
         """A result's content, with the pictures and sounds in it read."""
         return self.senses.load(content) if isinstance(content, list) else content
@@ -496,22 +479,10 @@ class Chat:
         if not finished and not said:
             del self.messages[before:]
             return
-        calls = [_as_call(e) for e in said if isinstance(e, ToolCall | Malformed)]
+        calls = [as_call(e) for e in said if isinstance(e, ToolCall | Malformed)]
         text = "".join(e.text for e in said if isinstance(e, Text))
         thought = "".join(e.text for e in said if isinstance(e, Thought))
         self.messages.append(call_message(calls, text, thought))
-
-    def _numbered(self, events: Sequence[Any], said: Sequence[Any]) -> list[Any]:
-        """Calls with ids of their own, by which results are told apart."""
-        earlier = sum(len(m.get("tool_calls", ())) for m in self.messages)
-        earlier += sum(isinstance(e, ToolCall | Malformed) for e in said)
-        out = []
-        for event in events:
-            if isinstance(event, ToolCall):
-                event = replace(event, id=f"call_{earlier}")
-            earlier += isinstance(event, ToolCall | Malformed)
-            out.append(event)
-        return out
 
     def _sampler_for(self, sampling: Sampling) -> Sampler:
         """One sampler for as long as the settings stay: a seed fixes the conversation, not each answer
@@ -523,20 +494,3 @@ class Chat:
     def _check_idle(self, what: str) -> None:
         if self._busy.locked():
             raise UsageError(f"this chat is still answering; cancel() it before {what}")
-
-
-def _as_call(event: ToolCall | Malformed) -> ToolCall:
-    """For the history: what cannot be read was a call without arguments, of the tool whose name it begins with."""
-    if isinstance(event, ToolCall):
-        return event
-    name = re.match(r"(?:<\|tool_call>)?\s*(?:call:)?\s*([\w.:/-]+)", event.raw)
-    return ToolCall(name[1].rstrip(":.-/") if name else "unknown", {}, event.raw)
-
-
-def _declarations(tools: Sequence[Any]) -> tuple[Message, ...]:
-    """Tools as the template reads them."""
-    if not tools:
-        return ()
-    from .tools import declarations
-
-    return tuple(declarations(tools))

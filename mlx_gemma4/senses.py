@@ -41,6 +41,8 @@ class Senses:
         raw = getattr(getattr(model, "config", None), "raw", {})
         self._marks = Marks.from_config(raw)
         self._texts = list(self._marks.texts(tokenizer).values())
+        # Longest first: one may be part of another.
+        self._control = sorted(tokenizer.convert_ids_to_tokens(list(tokenizer.special_ids)), key=len, reverse=True)
         budget = raw.get("vision_soft_tokens_per_image")
         self._image_tokens: int = budget if budget in TOKEN_BUDGETS else DEFAULT_BUDGET
         if store is None:
@@ -92,7 +94,7 @@ class Senses:
         Raises TokenizerError, and UsageError where a message spells out a mark of media.
         """
         text = self._tokenizer.apply_chat_template(
-            for_template(messages, self._texts),
+            for_template(messages, self._texts, self._control),
             tools=tools,
             add_generation_prompt=add_generation_prompt,
             tokenize=False,

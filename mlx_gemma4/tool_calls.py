@@ -8,11 +8,13 @@ them, and sorts keys; so a conversation rendered afresh need not begin with the 
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from .errors import UsageError
-from .events import ToolCall
+from .events import Event, Malformed, ToolCall
 
 
 def call_message(calls: Sequence[ToolCall], text: str = "", thought: str = "") -> dict[str, Any]:
@@ -57,6 +59,19 @@ def _content(name: str, result: Any) -> Any:
         return json.dumps(result, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as e:
         raise UsageError(f"the result of {name} is no JSON value ({e}); return text, numbers, lists or dicts") from None
+
+
+def as_call(event: ToolCall | Malformed) -> ToolCall:
+    """For the history: what cannot be read was a call without arguments, of the tool whose name it begins with."""
+    if isinstance(event, ToolCall):
+        return event
+    name = re.match(r"(?:<\|tool_call>)?\s*(?:call:)?\s*([\w.:/-]+)", event.raw)
+    return ToolCall(name[1].rstrip(":.-/") if name else "unknown", {}, event.raw)
+
+
+def numbered(events: Sequence[Event], numbers: Iterator[int]) -> list[Event]:
+    """Calls with ids of their own, by which their results are told apart; other events as they are."""
+    return [replace(e, id=f"call_{next(numbers)}") if isinstance(e, ToolCall) else e for e in events]
 
 
 def decode_arguments(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

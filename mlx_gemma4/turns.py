@@ -152,7 +152,9 @@ class TurnParser:
             self._fresh = True
             return events
         if mark == CLOSE and self.state == "text":
-            return []  # closes nothing, as a <channel|> without a thought does
+            events = self._say(self._decoded())
+            # It closes nothing, as a <channel|> without a thought does; or a call that just came out of bytes.
+            return events + (self._feed_call(token) if self.state == "call" else [])
         self._detokenizer.add_token(token)
         said = self._detokenizer.last_segment
         if self._pending and not said.strip():

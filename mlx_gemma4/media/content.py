@@ -60,24 +60,37 @@ def items_of(messages: Sequence[dict[str, Any]]) -> list[Item]:
     return [part[part["type"]] for m in messages for part in _parts(m) if part["type"] in KINDS]
 
 
-def for_template(messages: Sequence[dict[str, Any]], marks: Collection[str]) -> list[dict[str, Any]]:
+def for_template(
+    messages: Sequence[dict[str, Any]], marks: Collection[str] = (), control: Collection[str] = ()
+) -> list[dict[str, Any]]:
     """Loaded messages as a chat template reads them: media parts have their type and nothing else.
 
     marks: the texts of media tokens. A model may write one; read again it would ask for a picture that nobody gave, so
-    it is taken apart there.
+    it is taken apart there. control: the texts of all control tokens. What a tool returns is a stranger's text, and may
+    not end its own block or begin a turn, so there all of them are.
     """
     out = []
     for message in messages:
-        if _parts(message):
-            parts = [{"type": p["type"]} if p["type"] in KINDS else p for p in message["content"]]
-            message = message | {"content": parts}
-        elif message.get("role") in ("assistant", "model") and isinstance(message.get("content"), str):
-            text = message["content"]
-            for mark in marks:
-                text = text.replace(mark, f"{mark[0]} {mark[1:]}")
-            message = message | {"content": text}
-        out.append(message)
+        apart = {"assistant": marks, "model": marks, "tool": control}.get(message.get("role", ""), ())
+        content = message.get("content")
+        if isinstance(content, str):
+            content = _apart(content, apart)
+        elif isinstance(content, list):
+            content = [_shown(part, apart) for part in content]
+        out.append(message if content is message.get("content") else message | {"content": content})
     return out
+
+
+def _shown(part: dict[str, Any], apart: Collection[str]) -> dict[str, Any]:
+    if part["type"] in KINDS:
+        return {"type": part["type"]}
+    return part | {"text": _apart(part["text"], apart)} if apart and "text" in part else part
+
+
+def _apart(text: str, marks: Collection[str]) -> str:
+    for mark in marks:
+        text = text.replace(mark, f"{mark[0]} {mark[1:]}")
+    return text
 
 
 def text_of(content: Content) -> str:

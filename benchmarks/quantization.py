@@ -1,6 +1,7 @@
 """What bits cost in quality: KL to the unpacked model at equal size, against mlx-lm's and mlx-vlm's own choices.
 
-    python -m benchmarks.quantization [--checkpoint demo] [--rows 8] [--length 256] [--csv results.csv]
+    python -m benchmarks.quantization [--checkpoint demo] [--rows 2] [--length 256] [--csv results.csv]
+    python -m benchmarks.quantization --checkpoint moe --length 64 --at default-4bit --csv results.csv
 
 Owns the comparison. Each side is a choice of packing per matrix: the peers' from their own predicates, ours from a
 recipe or from a calibration held to the bytes of the peer's result. Every choice is applied to the same float32 graph,
@@ -32,6 +33,7 @@ from mlx_gemma4.conversions.compensate import compensate
 from mlx_gemma4.conversions.convert import convert
 from mlx_gemma4.conversions.layers import LayerStream, rounded
 from mlx_gemma4.conversions.plan import stored_as
+from mlx_gemma4.conversions.scratch import Scratch
 from mlx_gemma4.conversions.sensitivity import measure
 from mlx_gemma4.conversions.sources import Folder
 from mlx_gemma4.loading import load_model
@@ -163,7 +165,8 @@ def table(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     parameters = sum(
         stream.item(p).rows * stream.item(p).columns for p, _ in packings_of(plain, lambda *_: None).items()
     )
-    options = measure(stream, tokens)
+    with tempfile.TemporaryDirectory() as work:
+        options = measure(stream, tokens, Scratch(Path(work)))
     out: list[dict[str, Any]] = []
 
     def add(name: str, packings: Packings, files: list[Path], like: str = "") -> int:
@@ -179,10 +182,12 @@ def table(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         add(f"recipe {name}", {path: chosen.choose(path, config.text) for path in options}, [])
     for name, predicate in predicates(plain).items():
         size = add(name, packings_of(plain, predicate), [])
+        if args.at and not any(at in name for at in args.at):
+            continue
         packings = {path: option.packing for path, option in choose(options, size).items()}
         add("calibrated bits", packings, [], name)
         with tempfile.TemporaryDirectory() as work:
-            files = compensate(stream, tokens, packings, Path(work))
+            files = compensate(stream, tokens, packings, Scratch(Path(work)))
             add("calibrated bits and GPTQ", packings, files, name)
     stream.close()
     return out
@@ -192,9 +197,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", choices=("demo", *SHAPES), default="demo")
     parser.add_argument("--text", choices=("sample", "own"), default="sample", help="what the demo is calibrated on")
-    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--questions", type=int, default=6, help="of each kind to compare the demo on")
+    parser.add_argument("--at", nargs="*", help="calibrate at these peers' sizes only: part of a name")
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

@@ -69,7 +69,7 @@ def card(source: Source, plan: Plan, config: Gemma4Config, recipe: Recipe, name:
         f"{size(sum(plan.sizes))} in {len(plan.files)} file{'s' if len(plan.files) > 1 else ''}.",
         "",
     ]
-    if memory := estimate.resident(plan, config):
+    if memory := estimate.resident(plan.tensor_bytes, config):
         lines += ["In memory with the caches of one conversation:", ""]
         lines += ["| context | 16-bit caches | 3.5-bit caches |", "|---:|---:|---:|"]
         for context, row in memory.items():

@@ -14,7 +14,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -24,12 +24,14 @@ import mlx.core as mx
 
 from mlx_gemma4.config import Gemma4Config
 from mlx_gemma4.conversions import blocks, card, files, hub, q4_0
-from mlx_gemma4.conversions.calibrate import Calibration, calibrated, work_folder
+from mlx_gemma4.conversions.calibrate import Budget, Calibration, budget, calibrated, folder_of
 from mlx_gemma4.conversions.calibrate import request as calibration_request
+from mlx_gemma4.conversions.compensate import Overlay
 from mlx_gemma4.conversions.hub_source import HubRepo, check_disk
 from mlx_gemma4.conversions.partial import Partial, check_target, partial_of
 from mlx_gemma4.conversions.plan import FLOATS, SHARD_BYTES, Plan, build
 from mlx_gemma4.conversions.recipe import Packing, Recipe, select
+from mlx_gemma4.conversions.scratch import Scratch
 from mlx_gemma4.conversions.sources import Folder, Reader, Source
 from mlx_gemma4.errors import UsageError, WeightsError
 from mlx_gemma4.loading import locate
@@ -66,6 +68,8 @@ class Prepared:
     recipe: Recipe
     plan: Plan
     options: dict[str, Any]
+    scratch: Scratch | None = None  # what a calibration keeps until all is written
+    budget: Budget | None = None  # of a calibration not begun: `plan` is then its largest result
 
 
 @dataclass(frozen=True)
@@ -121,26 +125,27 @@ def convert(
 
         check_name(upload)
     wanted = calibration_request(target_bits, target_size, calibrate)
-    with work_folder(target) if wanted is not None else nullcontext() as work:
-        prepared = prepare(
-            source,
-            bits,
-            group_size=group_size,
-            mode=mode,
-            recipe=recipe,
-            dtype=dtype,
-            text_only=text_only,
-            revision=revision,
-            token=token,
-            delete_source=delete_source,
-            calibration=wanted,
-            work=work,
-            progress=report,
-            shard_bytes=shard_bytes,
-        )
-        with _closing(prepared.source):
-            _check_apart(prepared.source, target)
-            result = _write(prepared, target, force, report)
+    prepared = prepare(
+        source,
+        bits,
+        group_size=group_size,
+        mode=mode,
+        recipe=recipe,
+        dtype=dtype,
+        text_only=text_only,
+        revision=revision,
+        token=token,
+        delete_source=delete_source,
+        calibration=wanted,
+        target=target,
+        progress=report,
+        shard_bytes=shard_bytes,
+    )
+    with _closing(prepared):
+        _check_apart(prepared.source, target)
+        result = _write(prepared, target, force, report)
+        if prepared.scratch is not None:
+            prepared.scratch.remove()
     if upload is not None:
         from mlx_gemma4.conversions.upload import send
 
@@ -162,7 +167,7 @@ def prepare(
     token: str | None = None,
     delete_source: bool = False,
     calibration: Calibration | None = None,
-    work: Path | None = None,
+    target: Path | None = None,
     progress: Report | None = None,
     shard_bytes: int = SHARD_BYTES,
     dry: bool = False,
@@ -170,7 +175,8 @@ def prepare(
     """Everything up to the first byte of weights; arguments and errors as of `convert`.
 
     Recipe q4_0 reads the weights, to find the lattice; with `dry` it does not, and takes all matrices to lie on it.
-    calibration: instead of a recipe; it reads the weights and needs the empty folder `work` until all is written.
+    calibration: instead of a recipe; it reads the weights and keeps what it finds beside `target`. With `dry` it reads
+    none, so that all that is known is the `budget`.
     """
     if calibration is not None and not (recipe is bits is group_size is mode is None):
         raise UsageError("a target size chooses the bits; leave out --recipe, --bits, --group-size and --mode")
@@ -179,15 +185,25 @@ def prepare(
         raise UsageError(f"dtype {dtype!r} is not available; allowed: {', '.join(FLOATS)}")
     found: Source = _open(source, revision, token, delete_source)
     report: Report = progress or (lambda step: None)
+    options = {k: v for k, v in {"dtype": dtype, "text_only": text_only, "group_size": group_size}.items() if v}
+    scratch = None
     try:
         config = Gemma4Config.from_folder(found.folder)
+        if isinstance(found, HubRepo):
+            # These read it all before anything is written.
+            found.whole = calibration is not None or chosen.q4_0
+        if calibration is not None and dry:
+            allowed = budget(calibration, found, config, dtype, text_only)
+            named = Recipe(calibration.name, None, description="Bits per matrix are chosen by the calibration.")
+            return Prepared(found, config, named, allowed.most, options, budget=allowed)
         if calibration is not None:
-            assert work is not None
-            found, chosen = calibrated(
+            assert target is not None
+            _check_apart(found, target)
+            found, chosen, scratch = calibrated(
                 calibration,
                 found,
                 config,
-                work,
+                folder_of(target),
                 dtype=dtype,
                 text_only=text_only,
                 progress=lambda stage, done, total, path: report(Step(stage, done, total, text=path)),
@@ -206,9 +222,10 @@ def prepare(
             plan = _on_lattice(plan, found, report, dry)
     except BaseException:
         found.close()
+        if scratch is not None:
+            scratch.close()
         raise
-    options = {"dtype": dtype, "text_only": text_only, "group_size": group_size}
-    return Prepared(found, config, chosen, plan, {k: v for k, v in options.items() if v})
+    return Prepared(found, config, chosen, plan, options, scratch)
 
 
 def _open(
@@ -226,11 +243,19 @@ def _open(
 
 
 @contextmanager
-def _closing(source: Source) -> Iterator[None]:
+def _closing(prepared: Prepared) -> Iterator[None]:
     try:
         yield
     finally:
-        source.close()
+        prepared.source.close()
+        if prepared.scratch is not None:
+            prepared.scratch.close()
+
+
+def _hub(source: Source) -> HubRepo | None:
+    """The repository behind a source."""
+    base = source.base if isinstance(source, Overlay) else source
+    return base if isinstance(base, HubRepo) else None
 
 
 def _check_apart(source: Source, target: Path) -> None:
@@ -254,8 +279,8 @@ def _write(prepared: Prepared, target: Path, force: bool, report: Report) -> Res
         elif partial.done:
             text = f"going on with an interrupted conversion: {len(partial.done)} of {len(plan.items)} tensors are done"
             report(Step("note", text=text))
-        if isinstance(source, HubRepo):
-            source.mine |= partial.fetched
+        if (repo := _hub(source)) is not None:
+            repo.mine |= partial.fetched
         _convert_items(source, plan, partial, report)
         partial.flush()
         done = 0
@@ -301,11 +326,11 @@ def _convert_items(source: Source, plan: Plan, partial: Partial, report: Report)
     total, count = plan.source_bytes, len(plan.items)
     # The item after which a file of the source is not needed any more.
     last = {file: i for i in todo for file, _ in plan.items[i].sources}
-    if isinstance(source, HubRepo):
-        source.on_fetched = partial.note_fetched
-        source.progress = lambda done, size: report(Step("download", done, size, count - len(todo), count))
-        for file in source.mine - set(last):
-            source.release(file)
+    if (repo := _hub(source)) is not None:
+        repo.on_fetched = partial.note_fetched
+        repo.progress = lambda done, size: report(Step("download", done, size, count - len(todo), count))
+        for file in repo.mine - set(last):
+            repo.release(file)
     reader = Reader(source)
     try:
         report(Step("convert", done_bytes, total, count - len(todo), count))

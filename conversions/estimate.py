@@ -6,11 +6,14 @@ Owns the grouping and the sums that `gemma4 convert --dry-run` and the model car
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_gemma4.config import Gemma4Config
 from mlx_gemma4.conversions.plan import Item, Plan
 from mlx_gemma4.errors import UsageError
+
+if TYPE_CHECKING:
+    from mlx_gemma4.conversions.calibrate import Budget
 
 CONTEXTS = (8192, 32768, 131072)
 KV_BITS = (16, 3.5)
@@ -65,7 +68,7 @@ def groups(plan: Plan) -> list[Group]:
     return sorted(found.values(), key=lambda g: order.index(g.name))
 
 
-def resident(plan: Plan, config: Gemma4Config) -> dict[int, dict[float, int | None]]:
+def resident(tensor_bytes: int, config: Gemma4Config) -> dict[int, dict[float, int | None]]:
     """{context: {kv bits: bytes}} of weights, caches and rotary table; contexts the model does not have are left out.
 
     None where the caches of this model cannot have so few bits.
@@ -77,7 +80,7 @@ def resident(plan: Plan, config: Gemma4Config) -> dict[int, dict[float, int | No
     for context in CONTEXTS:
         if context > config.text.max_position_embeddings:
             continue
-        fixed = plan.tensor_bytes + rotary_table_bytes(config.text, context)
+        fixed = tensor_bytes + rotary_table_bytes(config.text, context)
         out[context] = {}
         for bits in KV_BITS:
             try:
@@ -97,8 +100,41 @@ def as_record(plan: Plan, config: Gemma4Config) -> dict[str, Any]:
         "source_bytes": plan.source_bytes,
         "file_bytes": sum(plan.sizes),
         "files": len(plan.files),
-        "resident_bytes": {
-            str(context): {f"{bits:g}": value for bits, value in row.items()}
-            for context, row in resident(plan, config).items()
-        },
+        "resident_bytes": _resident_record(plan.tensor_bytes, config),
     }
+
+
+def ranges(allowed: "Budget") -> list[tuple[Group, Group]]:
+    """Per kind of matrix, as little and as much as a calibration may give it."""
+    most = {g.name: g for g in groups(allowed.most)}
+    return [(g, most[g.name]) for g in groups(allowed.least)]
+
+
+def budget_record(allowed: "Budget", config: Gemma4Config) -> dict[str, Any]:
+    """What is known of a calibrated conversion before it reads weights, as JSON."""
+    parameters = sum(item.rows * item.columns for item in allowed.least.items)
+    return {
+        "chosen_by": "calibration",
+        "groups": [
+            {
+                "name": low.name,
+                "parameters": low.parameters,
+                "least_bits": round(low.bits, 3),
+                "most_bits": round(high.bits, 3),
+                "least_bytes": low.nbytes,
+                "most_bytes": high.nbytes,
+            }
+            for low, high in ranges(allowed)
+        ],
+        "source_bytes": allowed.least.source_bytes,
+        "tensor_bytes_at_most": allowed.tensor_bytes,
+        "file_bytes_at_most": allowed.file_bytes,
+        "bits_per_parameter_at_most": round(allowed.tensor_bytes * 8 / parameters, 3),
+        "scratch_bytes": allowed.scratch_bytes,
+        "resident_bytes_at_most": _resident_record(allowed.tensor_bytes, config),
+    }
+
+
+def _resident_record(tensor_bytes: int, config: Gemma4Config) -> dict[str, dict[str, int | None]]:
+    found = resident(tensor_bytes, config)
+    return {str(context): {f"{bits:g}": value for bits, value in row.items()} for context, row in found.items()}

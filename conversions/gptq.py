@@ -8,6 +8,9 @@ they are by then: of a few ranges up to the full one, a row takes the one that l
 Scales and biases are rounded to the type they are stored in before any value is coded, so that this error is made up
 for too.
 
+Wide matrices are taken in parts of at most `COLUMNS` columns, which do not make up for one another: H of 21,504 inputs
+alone would be 1.8 GB. Rows are independent, so blocks of rows give the same codes.
+
 Source: E. Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
 arXiv:2210.17323, with the inverse's Cholesky factor (section 3.3, step 3) and lazy updates by group (step 2).
 """
@@ -23,18 +26,53 @@ from mlx_gemma4.conversions.recipe import Packing
 DAMPING = 0.01
 # Shares of a group's range; clipping the ends is worth it where it makes the steps finer.
 RANGES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)
+# Columns that make up for one another, at most: the factor of so many is 67 MB, and making it takes five times that.
+COLUMNS = 4096
+# Groups of any size fit into parts of so many columns.
+_STEP = 128
 
 
-def quantize(weight: np.ndarray, hessian: np.ndarray, packing: Packing, dtype: mx.Dtype) -> list[mx.array]:
+def factors(inputs: mx.array) -> list[np.ndarray]:
+    """What `quantize` needs of the inputs, float32 [rows, in]: the factor of each part of columns, in order.
+
+    Raises ValueError when they hold no usable numbers.
+    """
+    columns = inputs.shape[-1]
+    count = -(-columns // COLUMNS)
+    step = -(-columns // (count * _STEP)) * _STEP
+    out = []
+    for begin in range(0, columns, step):
+        part = inputs[:, begin : begin + step]
+        hessian = np.array(part.T @ part)
+        out.append(factor_of(hessian))
+        del hessian
+        mx.clear_cache()
+    return out
+
+
+def factor_of(hessian: np.ndarray) -> np.ndarray:
+    """The factor of X'X, float32 [in, in] of inputs of any scale. Raises ValueError as `factors`."""
+    return _factor(hessian, np.diag(hessian) == 0)  # inputs that never came: nothing is known, so plain rounding
+
+
+def quantize(weight: np.ndarray, factors: list[np.ndarray], packing: Packing, dtype: mx.Dtype) -> list[mx.array]:
     """[words uint32 [out, in * bits / 32], scales, biases [out, in / group_size]], as `mx.quantize` lays them out.
 
-    weight: float32 [out, in]. hessian: X'X float32 [in, in] of the inputs, any scale. packing: affine. dtype: of scales
-    and biases.
+    weight: float32 [out, in]. factors: of its inputs, `factors`. packing: affine. dtype: of scales and biases.
     """
+    parts, at = [], 0
+    for factor in factors:
+        end = at + len(factor)
+        parts.append(_quantize(weight[:, at:end], factor, packing, dtype))
+        at = end
+    if len(parts) == 1:
+        return parts[0]
+    return [mx.concatenate(list(kind), axis=-1) for kind in zip(*parts, strict=True)]
+
+
+def _quantize(weight: np.ndarray, factor: np.ndarray, packing: Packing, dtype: mx.Dtype) -> list[mx.array]:
     weight = np.array(weight, np.float32)
     group, top = packing.group_size, 2**packing.bits - 1
-    dead = np.diag(hessian) == 0  # inputs that never came: nothing is known, so plain rounding
-    factor = _factor(hessian, dead)
     codes = np.empty(weight.shape, np.uint32)
     scales, biases = (np.empty((weight.shape[0], weight.shape[1] // group), np.float32) for _ in range(2))
     for number, begin in enumerate(range(0, weight.shape[1], group)):
@@ -55,9 +93,14 @@ def quantize(weight: np.ndarray, hessian: np.ndarray, packing: Packing, dtype: m
 
 def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
     """Codes [rows, columns] as MLX packs them: one stream of bits per row, lowest first, in 32-bit words."""
-    rows = codes.shape[0]
-    stream = (codes[..., None] >> np.arange(bits, dtype=np.uint32)) & 1
-    return np.packbits(stream.astype(np.uint8).reshape(rows, -1), axis=1, bitorder="little").view("<u4")
+    rows, columns = codes.shape
+    out = np.empty((rows, columns * bits // 32), "<u4")
+    step = max(1, (1 << 20) // columns)  # a number per bit takes many bytes
+    for begin in range(0, rows, step):
+        stream = (codes[begin : begin + step, :, None] >> np.arange(bits, dtype=np.uint32)) & 1
+        stream = stream.astype(np.uint8).reshape(len(stream), -1)
+        out[begin : begin + step] = np.packbits(stream, axis=1, bitorder="little").view("<u4")
+    return out
 
 
 def _factor(hessian: np.ndarray, dead: np.ndarray) -> np.ndarray:
@@ -65,12 +108,19 @@ def _factor(hessian: np.ndarray, dead: np.ndarray) -> np.ndarray:
     mean = float(np.mean(np.diag(hessian)))
     damping = DAMPING
     while damping <= 1 and np.isfinite(mean) and mean > 0:
-        damped = np.array(hessian, np.float32)
-        damped[np.diag_indices_from(damped)] += damping * mean
-        damped[dead, dead] = mean
+        diagonal = np.diag(hessian) + np.float32(damping * mean)
+        diagonal[dead] = mean
         with mx.stream(mx.cpu):
-            inverse = mx.linalg.cholesky_inv(mx.linalg.cholesky(mx.array(damped)))
-            factor = np.array(mx.linalg.cholesky((inverse + inverse.T) / 2, upper=True))
+            # One at a time: of a wide part each of these is large.
+            matrix = mx.array(hessian)
+            matrix[mx.arange(len(diagonal)), mx.arange(len(diagonal))] = mx.array(diagonal)
+            matrix = mx.linalg.cholesky(matrix)
+            mx.eval(matrix)
+            matrix = mx.linalg.cholesky_inv(matrix)
+            mx.eval(matrix)
+            matrix = (matrix + matrix.T) / 2
+            mx.eval(matrix)
+            factor = np.array(mx.linalg.cholesky(matrix, upper=True))
         if np.isfinite(factor).all() and (np.diag(factor) > 0).all():
             return factor
         damping *= 10

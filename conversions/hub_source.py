@@ -34,6 +34,7 @@ class HubRepo:
         self.commit: str | None = files[0].commit_hash
         self._at: str = files[0].commit_hash
         self.delete_source = delete_source
+        self.whole = False  # whether all of it is needed before any file can be released
         self.mine: set[str] = set()
         # Called on the downloading thread with a file's name when it has come.
         self.on_fetched: Callable[[str], Any] = lambda file: None
@@ -64,8 +65,9 @@ class HubRepo:
 
     def missing_bytes(self) -> int:
         """With `delete_source`, what lies on the disk at a time: a shard and the one that comes meanwhile."""
-        sizes = sorted((f.file_size or 0 for f in self._files.values() if not f.is_cached), reverse=True)
-        return sum(sizes[:2] if self.delete_source else sizes)
+        missing = (f for name, f in self._files.items() if not f.is_cached and name not in self.mine)
+        sizes = sorted((f.file_size or 0 for f in missing), reverse=True)
+        return sum(sizes[:2] if self.delete_source and not self.whole else sizes)
 
     def start(self, files: Iterable[str]) -> None:
         self._waiting = list(files)

@@ -112,6 +112,8 @@ def _codec(width: int, bits: float, mode: str) -> Codec:
 def _codebooks() -> dict[str, mx.array]:
     tables = mx.load(str(CODEBOOKS / "codebooks.safetensors"))
     assert isinstance(tables, dict)
+    # Read now, by the thread that asked: arrays that wait in a file can only be read by the thread that opened it.
+    mx.eval(tables)
     return tables
 
 

@@ -11,14 +11,16 @@ import tiny
 from checkpoints import one_line, save_packed
 
 from mlx_gemma4.config import Gemma4Config
-from mlx_gemma4.conversions import calibrate, gptq, sensitivity
+from mlx_gemma4.conversions import bounded, calibrate, gptq, layers, sensitivity
 from mlx_gemma4.conversions.allocation import choose, parse_size
+from mlx_gemma4.conversions.bounded import Layer
 from mlx_gemma4.conversions.calibrate import allocate
 from mlx_gemma4.conversions.calibration_text import token_rows
 from mlx_gemma4.conversions.compensate import Overlay, compensate
 from mlx_gemma4.conversions.convert import convert
 from mlx_gemma4.conversions.layers import EMBED, LayerStream, rounded
 from mlx_gemma4.conversions.recipe import Packing
+from mlx_gemma4.conversions.scratch import Scratch
 from mlx_gemma4.conversions.sensitivity import Option, candidates, measure
 from mlx_gemma4.conversions.sources import Folder
 from mlx_gemma4.errors import UsageError
@@ -47,36 +49,54 @@ def kl(model, other) -> float:
     return mx.mean(mx.sum(mx.exp(p) * (p - q), axis=-1)).item()
 
 
-@pytest.mark.parametrize("family", list(tiny.FAMILIES))
-def test_layers_in_turn_are_the_model(tmp_path, family):
-    folder = tiny.make_tiny(tmp_path / "m", family, dtype="bfloat16", shards=2)
-    stream, state = opened(folder), None
+def through(stream, **options):
+    """The final hidden states [N * T, E]."""
     state = stream.start(TOKENS)
     for index in range(stream.config.num_hidden_layers):
-        state = stream.advance(stream.layer(index), index, state)
+        state = Layer(stream, index, **options).run(state)
+    return stream.final(state.hidden)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of a few rows, as they are of large matrices, and nothing kept."""
+    monkeypatch.setattr(layers, "BLOCK", 1 << 14)
+
+
+@pytest.mark.parametrize("blocks", ["whole", "small"])
+@pytest.mark.parametrize("family", list(tiny.FAMILIES))
+def test_layers_in_turn_are_the_model(tmp_path, family, blocks, monkeypatch):
+    folder = tiny.make_tiny(tmp_path / "m", family, dtype="bfloat16", shards=2)
+    if blocks == "small":
+        monkeypatch.setattr(layers, "BLOCK", 1 << 14)
+    stream = opened(folder)
+    found = through(stream, kept=0 if blocks == "small" else bounded.KEPT)
     model = load_model(folder, dtype="float32")
     wanted = model.language_model.model(mx.array(TOKENS)).flatten(0, 1)
-    assert mx.allclose(stream.final(state), wanted, rtol=1e-5, atol=1e-5)
+    assert mx.allclose(found, wanted, rtol=1e-5, atol=1e-5)
     head = mx.concatenate(list(stream.head_blocks(100)))
     assert mx.array_equal(head, model.language_model.model.embed_tokens.weight)
 
 
 def test_layers_of_packed_shards(folder, tmp_path):
     _, packed = save_packed(folder, tmp_path / "packed", {"group_size": 64, "bits": 8})
-    stream = opened(packed)
-    state = stream.start(TOKENS)
-    for index in range(stream.config.num_hidden_layers):
-        state = stream.advance(stream.layer(index), index, state)
     wanted = load_model(packed, dtype="float32").language_model.model(mx.array(TOKENS)).flatten(0, 1)
-    assert mx.allclose(stream.final(state), wanted, rtol=1e-3, atol=1e-3)
+    assert mx.allclose(through(opened(packed)), wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.fixture
+def scratch(tmp_path):
+    made = Scratch(tmp_path / "scratch")
+    yield made
+    made.remove()
 
 
 @pytest.mark.parametrize("family", ["e2b", "26b-a4b"])
-def test_losses_are_those_of_whole_models(tmp_path, family, monkeypatch):
+def test_losses_are_those_of_whole_models(tmp_path, family, scratch, monkeypatch):
     """Each matrix packed alone in a whole model gives the KL that the pass through layers measured."""
     folder = tiny.make_tiny(tmp_path / "m", family, dtype="bfloat16")
     stream = opened(folder)
-    options = measure(stream, TOKENS)
+    options = measure(stream, TOKENS, scratch)
     plain, other = load_model(folder, dtype="float32"), load_model(folder, dtype="float32")
     modules = dict(other.named_modules())
     assert set(options) == {p for p, m in modules.items() if hasattr(m, "to_quantized")}
@@ -95,16 +115,19 @@ def test_losses_are_those_of_whole_models(tmp_path, family, monkeypatch):
             assert path.endswith("router.proj") and reference.bits == 8
         modules[path].weight = weight
 
-    monkeypatch.setattr(sensitivity, "STATES", 1)  # a layer's matrices at a time
-    waves = measure(opened(folder), TOKENS)
+    monkeypatch.setattr(sensitivity, "COMPARED", 1)  # one state at a time, blocks of a few rows
+    monkeypatch.setattr(layers, "BLOCK", 1 << 14)
+    second = Scratch(tmp_path / "second")
+    pieces = measure(opened(folder), TOKENS, second)
+    assert not list(second.folder.glob("*.safetensors"))
     for path, found in options.items():
-        assert [o.loss for o in waves[path]] == pytest.approx([o.loss for o in found], rel=1e-3, abs=1e-8)
+        assert [o.loss for o in pieces[path]] == pytest.approx([o.loss for o in found], rel=1e-3, abs=1e-8)
 
 
-def test_progress_counts_every_byte(folder):
+def test_progress_counts_every_byte(folder, scratch):
     seen = []
     stream = opened(folder)
-    options = measure(stream, TOKENS[:, :8], lambda *at: seen.append(at))
+    options = measure(stream, TOKENS[:, :8], scratch, lambda *at: seen.append(at))
     assert {path for _, _, path in seen} == set(options)
     assert seen[-1][0] == seen[-1][1] == sum(stream.item(path).source_bytes for path in options)
 
@@ -161,7 +184,7 @@ def test_gptq_loses_less_than_rounding(bits, dtype):
         back = mx.dequantize(words, *(f.astype(mx.float32) for f in floats), 64, bits)
         return float((((np.array(back) - weight) @ unseen.T) ** 2).sum())
 
-    parts = gptq.quantize(weight, seen.T @ seen, packing, dtype)
+    parts = gptq.quantize(weight, gptq.factors(mx.array(seen)), packing, dtype)
     plain = mx.quantize(mx.array(weight).astype(dtype), 64, bits)
     assert [p.shape for p in parts] == [p.shape for p in plain] and [p.dtype for p in parts] == [p.dtype for p in plain]
     assert lost(parts) < 0.8 * lost(plain)
@@ -171,15 +194,32 @@ def test_gptq_without_inputs():
     weight = np.random.default_rng(0).normal(size=(8, 64)).astype(np.float32)
     hessian = np.eye(64, dtype=np.float32)
     hessian[5, 5] = 0  # an input that never came
-    words, scales, biases = gptq.quantize(weight, hessian, Packing(64, 8), mx.float32)
+    words, scales, biases = gptq.quantize(weight, [gptq.factor_of(hessian)], Packing(64, 8), mx.float32)
     assert np.abs(np.array(mx.dequantize(words, scales, biases, 64, 8)) - weight).max() < 0.02
     for bad in (np.zeros((64, 64), np.float32), np.full((64, 64), np.nan, np.float32)):
         with pytest.raises(ValueError, match="no usable numbers"):
-            gptq.quantize(weight, bad, Packing(64, 4), mx.float32)
+            gptq.factor_of(bad)
+
+
+def test_gptq_of_wide_matrices(monkeypatch):
+    """In parts of columns and blocks of rows: each part as if it stood alone, and better than rounding."""
+    numbers = np.random.default_rng(0)
+    inputs = mx.array((numbers.normal(size=(300, 640)) @ (numbers.normal(size=(640, 640)) / 20)).astype(np.float32))
+    weight = numbers.normal(size=(20, 640)).astype(np.float32)
+    monkeypatch.setattr(gptq, "COLUMNS", 256)
+    factors = gptq.factors(inputs)
+    assert [len(f) for f in factors] == [256, 256, 128]
+    parts = gptq.quantize(weight, factors, Packing(64, 3), mx.float32)
+    for begin, end in ((0, 256), (256, 512), (512, 640)):
+        alone = gptq.quantize(weight[:, begin:end], gptq.factors(inputs[:, begin:end]), Packing(64, 3), mx.float32)
+        assert mx.array_equal(parts[1][:, begin // 64 : end // 64], alone[1]).item()
+        assert mx.array_equal(parts[0][:, begin * 3 // 32 : end * 3 // 32], alone[0]).item()
+    some = gptq.quantize(weight[5:11], factors, Packing(64, 3), mx.float32)
+    assert mx.array_equal(some[0], parts[0][5:11]).item()
 
 
 @pytest.mark.parametrize("family", ["e2b", "26b-a4b"])
-def test_gptq_lowers_the_kl_of_a_model(tmp_path, family):
+def test_gptq_lowers_the_kl_of_a_model(tmp_path, scratch, family):
     folder = tiny.make_tiny(tmp_path / "m", family, dtype="bfloat16")
     source, stream = Folder(folder), opened(folder)
     calibration = np.random.default_rng(7).integers(3, 500, (4, 64))
@@ -190,8 +230,7 @@ def test_gptq_lowers_the_kl_of_a_model(tmp_path, family):
         if hasattr(module, "to_quantized"):
             fine = "embed" in path or "switch_glu" in path or "router" in path or ".layers." not in path
             packings[path] = Packing(64, 8 if fine else 3)
-    (tmp_path / "work").mkdir()
-    files = compensate(stream, calibration, packings, tmp_path / "work")
+    files = compensate(stream, calibration, packings, scratch)
     overlay = Overlay(source, stream, files)
     made = {name for file in files for name in overlay.headers[file.name]}
     assert f"{EMBED}.weight" not in made and not any("switch_glu" in n for n in made)
@@ -245,9 +284,9 @@ def test_convert_to_a_size(folder, text, tmp_path, short):
     assert first == second
 
 
-def test_choice_of_a_size_loses_less_than_equal_bits(folder):
+def test_choice_of_a_size_loses_less_than_equal_bits(folder, scratch):
     """On what was measured: the choice at 4-bit's own size against 4 bits everywhere."""
-    options = measure(opened(folder), TOKENS)
+    options = measure(opened(folder), TOKENS, scratch)
     even = {path: next(o for o in found if o.packing == Packing(64, 4)) for path, found in options.items()}
     chosen = choose(options, sum(o.nbytes for o in even.values()))
     assert sum(o.loss for o in chosen.values()) < 0.8 * sum(o.loss for o in even.values())

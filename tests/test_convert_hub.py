@@ -121,6 +121,46 @@ def test_dry_run_reads_headers_only(hub, gemma4, tmp_path, folder):
     assert "to download" in table and "per-layer embedding table" in table
 
 
+# A calibration on so few tokens that it takes no time.
+FEW_TOKENS = """
+import numpy as np
+from mlx_gemma4.conversions import calibrate
+calibrate.token_rows = lambda *_: np.random.default_rng(1).integers(3, 500, (2, 8))
+"""
+
+
+def test_dry_run_of_a_target_reads_headers_only(hub, gemma4, tmp_path):
+    record = json.loads(ok(gemma4("convert", REPO, "--dry-run", "--target-bits", "5", "--json")).splitlines()[-1])
+    assert record["chosen_by"] == "calibration" and record["tensor_bytes_at_most"] > 100_000
+    assert all(0 < sum(r.sent for r in hub.fetched(name)) <= 100_001 for name in SHARDS)
+    assert blobs(tmp_path) == 0
+
+
+def test_a_target_from_the_hub(hub, gemma4, tmp_path):
+    """Downloaded as a whole, each shard once; killed and taken up; freed at the end, and the bytes of a folder's."""
+    kinds = ["sliding_attention", "full_attention"]
+    folder = tiny.make_tiny(tmp_path / "two", "31b", dtype="bfloat16", shards=2, layer_types=kinds)
+    hub.repo("someone/two", files_of(folder))
+    arguments = ("--target-bits", "5", "--quiet")
+    ok(gemma4("convert", folder, "--to", tmp_path / "local", *arguments, prelude=FEW_TOKENS))
+    argv, settings = gemma4.command(
+        "convert", "someone/two", "--to", tmp_path / "mlx", *arguments, "--delete-source", prelude=FEW_TOKENS
+    )
+    process = subprocess.Popen(argv, stderr=subprocess.PIPE, **settings)
+    journal, deadline = tmp_path / ".mlx.calibration" / "journal.jsonl", time.monotonic() + 60
+    while time.monotonic() < deadline and not (journal.exists() and journal.read_text().count('"file"') > 12):
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert journal.exists() and list((tmp_path / "hf").rglob("snapshots/*/*.safetensors"))
+    ok(gemma4("convert", "someone/two", "--to", tmp_path / "mlx", *arguments, "--delete-source", prelude=FEW_TOKENS))
+    same_model(tmp_path / "mlx", files_of(tmp_path / "local"))
+    assert not journal.parent.exists() and not list((tmp_path / "hf").rglob("snapshots/*/*.safetensors"))
+    length = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    headers = 4 * 100_001  # of two shards, by two runs
+    assert length <= sum(r.sent for r in hub.fetched(".safetensors")) < 1.2 * length + headers
+
+
 def test_the_size_promised_is_the_size_made(hub, gemma4, tmp_path, expected):
     record = json.loads(ok(gemma4("convert", REPO, "--dry-run", "--json")).splitlines()[-1])
     assert record["file_bytes"] == len(expected["model.safetensors"])

@@ -55,9 +55,8 @@ def test_every_recipe_fits_every_published_shape(size, name):
     # What is read: everything but the keys and values of sharing layers.
     unused = {"e2b": 60, "e4b": 54}.get(size, 0)
     assert len({s for i in plan.items for s in i.sources}) == len(tensors(size)) - unused
-    assert (
-        estimate.resident(plan, parsed)[131072][16] > estimate.resident(plan, parsed)[131072][3.5] > plan.tensor_bytes
-    )
+    resident = estimate.resident(plan.tensor_bytes, parsed)[131072]
+    assert plan.tensor_bytes < resident[3.5] < resident[16]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -81,7 +80,8 @@ def test_a_large_table_has_a_shard_of_its_own():
 
 def test_k_proj_is_a_value_where_there_is_no_other():
     parsed = Gemma4Config.from_dict(config("31b"))
-    chosen = recipe.load("mixed-4-6")
+    text = 'bits = 4\n[[rules]]\nmatch = ["self_attn.v_proj"]\nends = 0.125\nbits = 6\n'
+    chosen = recipe.parse(text, "own")
     layers = parsed.text.num_hidden_layers
     k = {i: chosen.choose(f"language_model.model.layers.{i}.self_attn.k_proj", parsed.text).bits for i in range(layers)}
     v = {
@@ -93,6 +93,23 @@ def test_k_proj_is_a_value_where_there_is_no_other():
     raised = [i for i in range(layers) if parsed.text.k_is_v(i) and k[i] == 6]
     assert 59 in raised and 5 in raised  # the first and the last global layer
     assert {v[0], v[1], v[58]} == {6} and 4 in v.values()
+
+
+def test_mixed_recipes_as_calibrations_choose():
+    """Values, keys and embeddings before the rest of attention, that before MLPs, at every family's shapes."""
+    for size, name in ((s, n) for s in SIZES for n in ("mixed-3-6", "mixed-4-6", "4bit", "3bit")):
+        parsed = Gemma4Config.from_dict(config(size))
+        chosen = recipe.load(name)
+        middle = parsed.text.num_hidden_layers // 2
+
+        def bits(matrix, chosen=chosen, parsed=parsed, middle=middle) -> int:
+            return chosen.choose(f"language_model.model.layers.{middle}.{matrix}", parsed.text).bits
+
+        assert bits("self_attn.v_proj") == bits("self_attn.k_proj") >= bits("self_attn.o_proj") >= bits("mlp.up_proj")
+        assert chosen.choose("language_model.model.embed_tokens", parsed.text).bits > bits("mlp.down_proj")
+        assert bits("mlp.gate_proj") == int(name.removeprefix("mixed-")[0])
+        first = chosen.choose("language_model.model.layers.0.mlp.down_proj", parsed.text).bits
+        assert first == bits("mlp.down_proj") + name.startswith("mixed")
 
 
 def test_rules():

@@ -142,7 +142,7 @@ def test_a_saved_conversation_goes_on_in_another_process(tmp_path, kv_bits):
     )
     answer, prompt, cached, system, count = json.loads(out.stdout)
     assert [answer, system, count] == [chat.send("and?"), chat.system, 6]
-    assert (prompt, cached) == (chat.stats.prompt_tokens, chat.stats.cached_tokens) and cached > prompt - 60
+    assert (prompt, cached) == (chat.stats.prompt_tokens, chat.stats.cached_tokens) and cached > prompt - 130
 
 
 def test_a_file_of_other_weights_or_settings_is_refused(loaded, tmp_path):

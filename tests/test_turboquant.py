@@ -313,3 +313,15 @@ BAD = {
 def test_what_does_not_fit_is_refused(call, message):
     with pytest.raises(UsageError, match=message.replace("(", r"\(")):
         call()
+
+
+def test_codebooks_of_one_thread_serve_all(clean_python):
+    """Regression: a codebook that nobody had used was still in its file when another thread wanted it."""
+    code = (
+        "import threading, mlx.core as mx\n"
+        "from mlx_gemma4.kernels.turboquant import codec\n"
+        "first = threading.Thread(target=lambda: mx.eval(codec(64, 4).codebook))\n"
+        "first.start(); first.join()\n"
+        "print(codec(64, 2).codebook.sum().item() is not None)"
+    )
+    assert clean_python(code).strip() == "True"

@@ -108,6 +108,51 @@ def test_dry_run_writes_nothing(source, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_dry_run_of_a_target(tmp_path, capsys):
+    """What a calibration is allowed, from headers alone."""
+    source = tiny.make_tiny(tmp_path / "e4b", "e4b", dtype="bfloat16", towers=True, max_position_embeddings=131_072)
+    wanted = ["--target-bits", "8"]
+    assert run(["convert", str(source), "--dry-run", *wanted]) == 0
+    table = capsys.readouterr().out
+    assert "bits from" in table and "files: at most" in table and "8.00 bits per parameter" in table
+    assert "found by the calibration" in table and "this dry run reads none" in table
+    assert run(["convert", str(source), "--dry-run", *wanted, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    by_name = {g["name"]: g for g in record["groups"]}
+    assert by_name["mlp down"]["least_bits"] < 3 and by_name["mlp down"]["most_bits"] == 16
+    norms, tower = by_name["norms and scalars"], by_name["vision tower"]
+    assert norms["least_bits"] == norms["most_bits"] and tower["least_bytes"] == tower["most_bytes"]
+    assert sum(g["least_bytes"] for g in record["groups"]) < record["tensor_bytes_at_most"]
+    assert sum(g["most_bytes"] for g in record["groups"]) > record["tensor_bytes_at_most"]
+    assert set(record["resident_bytes_at_most"]) == {"8192", "32768", "131072"}
+    assert all(set(row) == {"16", "3.5"} for row in record["resident_bytes_at_most"].values())
+    size = record["file_bytes_at_most"]
+    assert run(["convert", str(source), "--dry-run", "--target-size", str(size), "--json"]) == 0
+    sized = json.loads(capsys.readouterr().out)
+    assert sized["file_bytes_at_most"] <= size and "at_most" in " ".join(sized)
+    assert run(["convert", str(source), "--dry-run", "--target-bits", "1.1"]) == 2
+    assert "ask for more" in capsys.readouterr().err
+    assert run(["convert", str(source), "--dry-run", "--calibrate", "x.txt"]) == 2
+    assert "--target-bits" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["e4b"]
+
+
+def test_the_size_of_a_target_is_kept(tmp_path, capsys, monkeypatch):
+    import numpy as np
+
+    from mlx_gemma4.conversions import calibrate
+
+    folder = tiny.make_tiny(tmp_path / "hf", "31b", dtype="bfloat16", layer_types=["full_attention"])
+    monkeypatch.setattr(calibrate, "token_rows", lambda *_: np.arange(20, 36).reshape(2, 8))
+    for wanted in (["--target-bits", "5.1"], ["--target-size", "120kB"]):
+        assert run(["convert", str(folder), "--dry-run", *wanted, "--json"]) == 0
+        most = json.loads(capsys.readouterr().out)
+        target = tmp_path / wanted[0]
+        assert run(["convert", str(folder), "--to", str(target), *wanted, "--quiet"]) == 0
+        made = (target / "model.safetensors").stat().st_size
+        assert 0.9 * most["file_bytes_at_most"] < made <= most["file_bytes_at_most"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [

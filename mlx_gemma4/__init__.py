@@ -14,16 +14,21 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .chat import Chat
     from .conversions.convert import convert
+    from .engine import Engine
     from .errors import Gemma4Error
     from .generation import GenerationResponse, generate, generate_step, stream_generate
     from .loading import load
+    from .media.items import MediaSettings
     from .sampling import make_logits_processors, make_sampler
+    from .senses import media_prompt
     from .tokenizer import Tokenizer
 
 _HOME = {
     "Chat": "chat",
+    "Engine": "engine",
     "Gemma4Error": "errors",
     "GenerationResponse": "generation",
+    "MediaSettings": "media.items",
     "Tokenizer": "tokenizer",
     "convert": "conversions.convert",
     "generate": "generation",
@@ -31,13 +36,16 @@ _HOME = {
     "load": "loading",
     "make_logits_processors": "sampling",
     "make_sampler": "sampling",
+    "media_prompt": "senses",
     "stream_generate": "generation",
 }
 
 __all__ = [
     "Chat",
+    "Engine",
     "Gemma4Error",
     "GenerationResponse",
+    "MediaSettings",
     "Tokenizer",
     "__version__",
     "convert",
@@ -46,6 +54,7 @@ __all__ = [
     "load",
     "make_logits_processors",
     "make_sampler",
+    "media_prompt",
     "stream_generate",
 ]
 

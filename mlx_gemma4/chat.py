@@ -38,8 +38,7 @@ from .tool_calls import as_call, call_message, numbered, result_message
 from .tools import declarations
 from .turns import TurnParser
 
-# Called with (prompt tokens computed, prompt tokens to compute); False cancels.
-Progress = Callable[[int, int], Any]
+Progress = Callable[[int, int], Any]  # called with (prompt tokens computed, prompt tokens to compute); False cancels
 Message = dict[str, Any]
 
 # A system prompt of so many tokens gets a way back of its own: it outlives edits, /clear and forks.
@@ -128,6 +127,7 @@ class Chat:
         self._sampler: tuple[Sampling, Sampler] | None = None
         self._cancelled = threading.Event()
         self._busy = threading.Lock()
+        self._helper: Chat | None = None  # sums up what no longer fits
         thinking_budget(thinking)
         self.set_kv(
             kv_bits=kv_bits,
@@ -186,7 +186,7 @@ class Chat:
         `stream`.
 
         A call that could not be read (`Malformed`) is answered, too, best with its `error`, so that the model may try
-        again.
+        again. Without results, the history is answered as it stands.
         """
 
         def load() -> list[Message]:
@@ -203,6 +203,8 @@ class Chat:
         """Stops the running turn before its next token or prefill chunk. From any thread or a signal
         handler."""
         self._cancelled.set()
+        if self._helper is not None:
+            self._helper.cancel()
 
     def clear(self) -> None:
         """Forgets messages and cache; keeps the system prompt and the settings. A seed starts over."""
@@ -227,7 +229,8 @@ class Chat:
         if given:
             self._model.make_cache(**given)
         self._kv = given
-        self._memory = PromptMemory(lambda: self._model.make_cache(**given), self._snapshot_bytes)
+        model = self._model  # not the chat itself, which would then wait for the garbage collector
+        self._memory = PromptMemory(lambda: model.make_cache(**given), self._snapshot_bytes)
 
     def make_room(self, how: room.OnFull) -> Shortened:
         """Shortens the history to half the context: "drop" leaves out the oldest turns, "summarize" tells them first.
@@ -282,8 +285,7 @@ class Chat:
         return other
 
     @property
-    def context_used(self) -> int:
-        """Positions the cache holds."""
+    def context_used(self) -> int:  # positions the cache holds
         return len(self._memory.ids)
 
     @property
@@ -295,13 +297,11 @@ class Chat:
         return self._memory.nbytes
 
     @property
-    def snapshot_bytes(self) -> int:
-        """What the ways back take beside the cache."""
+    def snapshot_bytes(self) -> int:  # what the ways back take beside the cache
         return self._memory.mark_bytes
 
     @property
-    def cache_status(self) -> list[str]:
-        """What each layer's cache applies, one line each."""
+    def cache_status(self) -> list[str]:  # one line per kind
         return self._memory.status()
 
     def _locked(
@@ -441,7 +441,11 @@ class Chat:
             asked = replace(self.sampling, max_tokens=min(512, limit // 8))
             helper = Chat(self._model, self._tokenizer, sampling=asked, features=self.senses.store)
             told = room.as_text(gone, lambda text: len(self._tokenizer.encode(text)) <= limit // 2)
-            summary = helper.send(f"{told}\n\n{room.SUMMARIZE}")
+            self._helper = helper
+            try:
+                summary = helper.send(f"{told}\n\n{room.SUMMARIZE}")
+            finally:
+                self._helper = None
             kept = room.with_summary(kept, summary)
         self.messages[:] = kept
         return Shortened(len(gone), summary)

@@ -21,10 +21,10 @@ The functions below act on a model's whole list of caches; `files.py` saves and 
 from collections.abc import Sequence
 
 from .base import LayerCache, Snapshot, View, WindowView
+from .blocks import BlockSnapshot
 from .compressed import CompressedCache
 from .compressed_one_vector import CompressedOneVectorCache
 from .compressed_sliding import CompressedSlidingCache
-from .blocks import BlockSnapshot
 from .files import fill, load, open_saved, save
 from .full import GlobalCache
 from .one_vector import KeyForm, OneVectorCache

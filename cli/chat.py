@@ -1,31 +1,25 @@
 """`gemma4 chat`: a conversation in the terminal.
 
-Owns the order of things: load, introduce, answer the prompt given, then lines until Ctrl-D. Leaves the
-conversation to `mlx_gemma4.chat.Chat`, slash commands to `tui/commands.py`, files in a line to `tui/attachments.py`,
-editing to `tui/prompt.py`, drawing to `tui/stream.py`.
+Owns the options and the order of things: tools, model, a conversation new or resumed, then the dialogue or one turn.
+Leaves the conversation to `mlx_gemma4.chat.Chat`, the dialogue to `tui/session.py`, tools to `tui/toolbox.py`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlx_gemma4.errors import ContextError, Gemma4Error, UsageError
+from mlx_gemma4.errors import UsageError
 
-from . import failures, options
-from .tui import attachments, commands, status
-from .tui.pending import Pending, attached
-from .tui.stream import AnswerView, open_view, terminal_size
-from .tui.turn import between_prompts, interruptible, show_turn
+from . import options
+from .tui.session import ChatSession
+from .tui.toolbox import open_toolbox
 
 if TYPE_CHECKING:
     from mlx_gemma4.chat import Chat
-
-# (kind, source) of files to attach.
-Files = Sequence[tuple[str, str]]
 
 
 def command(
@@ -38,7 +32,11 @@ def command(
     dtype: options.Dtype = None,
     check: options.Check = False,
     system: options.System = None,
-    think: options.Think = False,
+    think: options.Think = None,
+    resume: options.Resume = None,
+    tools: options.Tools = None,
+    mcp: options.Mcp = None,
+    yes: options.Yes = False,
     image: options.Images = None,
     audio: options.Audio = None,
     video: options.Videos = None,
@@ -59,6 +57,7 @@ def command(
     kv_value_bits: options.KvValueBits = None,
     kv_bits_sliding: options.KvBitsSliding = None,
     kv_mode: options.KvMode = None,
+    on_full: options.OnFull = None,
     ple: options.Ple = "memory",
     prefill_step_size: options.PrefillStepSize = 2048,
     hide_thinking: options.HideThinking = False,
@@ -94,160 +93,55 @@ def command(
     if system is not None:
         system = options.checked_text(system, "--system")
 
-    from mlx_gemma4.chat import Chat
-    from mlx_gemma4.sampling import Sampling
+    thinking = options.thinking(think)
+    full = options.on_full(on_full)
 
-    from . import loader
+    with open_toolbox(tools, mcp, yes) as toolbox:
+        from mlx_gemma4.chat import Chat
+        from mlx_gemma4.sampling import Sampling
 
-    loaded, tokenizer = loader.open_model(
-        model,
-        revision=revision,
-        dtype=dtype,
-        check=check,
-        context=context,
-        ple=ple,
-        towers=interactive or bool(files),
-    )
-    conversation = Chat(
-        loaded,
-        tokenizer,
-        system,
-        think,
-        Sampling.from_defaults(tokenizer.generation_defaults, **changes),
-        prefill_step_size=prefill_step_size,
-        media=settings,
-        **kv,
-    )
-    session = ChatSession(
-        conversation,
-        loader.introduction(model, loaded, kv) if interactive else [],
-        markdown=not no_markdown,
-        show_thoughts=not hide_thinking,
-        long_stats=stats,
-    )
-    if interactive:
-        return session.talk(prompt, files)
-    if model == options.DEMO:
-        session.say(loader.demo_notice())
-    return session.once(prompt or "", files)
+        from . import loader
 
+        loaded, tokenizer = loader.open_model(
+            model,
+            revision=revision,
+            dtype=dtype,
+            check=check,
+            context=context,
+            ple=ple,
+            towers=interactive or bool(files) or bool(toolbox.tools),
+        )
+        kept = {
+            "prefill_step_size": prefill_step_size,
+            "media": settings,
+            "on_full": full or "stop",
+            "tools": toolbox.tools,
+        }
 
-class ChatSession:
-    """One conversation on one terminal. `title`: the lines that introduce the model."""
+        def load(path: str, **given: Any) -> Chat:
+            chat = Chat.load(path, loaded, tokenizer, **kept, **given)
+            chat.sampling = dataclasses.replace(chat.sampling, **changes)
+            return chat
 
-    def __init__(
-        self,
-        chat: Chat,
-        title: list[str],
-        *,
-        markdown: bool = True,
-        show_thoughts: bool = True,
-        long_stats: bool = False,
-    ):
-        self.chat = chat
-        self.title = title
-        self.pending = Pending()
-        self._markdown = markdown
-        self._show_thoughts = show_thoughts
-        self._long_stats = long_stats
-
-    def say(self, text: str) -> None:
-        status.dim(text)
-
-    def attach(self, kind: str, source: str) -> None:
-        """Reads a file, keeps it for the next message and says what it costs. Raises Gemma4Error."""
-        with interruptible():
-            items = self.pending.add(self.chat.senses, kind, source)
-        for line in attached(items):
-            self.say(line)
-
-    def once(self, text: str, files: Files = ()) -> int:
-        """One turn; returns the exit code. Errors pass through."""
-        for kind, source in files:
-            self.attach(kind, source)
-        done = self._turn(text, patient=False)
-        return failures.INTERRUPTED if done.reason == "cancelled" else 0
-
-    def talk(self, first: str | None = None, files: Files = ()) -> int:
-        """The dialogue until Ctrl-D or /exit. A failed turn is reported and the conversation goes on."""
-        with between_prompts():
-            return self._talk(first, files)
-
-    def _talk(self, first: str | None, files: Files) -> int:
-        from .tui.prompt import Prompt, is_block, message_of
-
-        prompt = Prompt()
-        for line in [*self.title, *([prompt.warning] if prompt.warning else [])]:
-            self.say(line)
-        self.say("/help shows the commands, Ctrl-D leaves")
-        if first:
-            print(f"> {first}", file=sys.stderr)
-        if first or files:
-            self._handle(first or "", files)
-        while True:
-            try:
-                typed = prompt.ask(len(self.pending.items))
-            except KeyboardInterrupt:
-                if not prompt.dropped.strip():
-                    self.say("Ctrl-D or /exit leaves")
-                continue
-            except EOFError:
-                return 0
-            if commands.is_command(typed) and not attachments.starts_with_file(typed):
-                if self._guard(lambda line=typed: commands.run(self, line)):
-                    return 0
-            elif is_block(typed):  # pasted text: what looks like a file in it is part of it
-                self._handle(message_of(typed).strip())
-            else:
-                found = attachments.split(typed.strip())
-                self._handle(found.text, [(file.kind, file.path) for file in found.files])
-
-    def _handle(self, text: str, files: Files = ()) -> None:
-        """Attaches the files and sends the text with them; where one cannot be read, or nothing is asked, it waits."""
-        read = [self._guard(lambda kind=k, source=s: self.attach(kind, source) or True) for k, s in files]
-        if text and all(read):
-            self._guard(lambda: self._turn(text, patient=True))
-            self.say("")
-        elif text:
-            self.say("not sent; what was attached waits for the next message" if self.pending.items else "not sent")
-        elif any(read):
-            self.say("now ask about it; /drop takes it away again")
-
-    def _guard(self, work: Any) -> Any:
-        """What `work` returns. An error is reported and gives None: the conversation must outlive it."""
-        try:
-            return work()
-        except KeyboardInterrupt:
-            self.say("stopped")
-        except UsageError as error:
-            self.say(str(error))
-        except (BrokenPipeError, EOFError):
-            raise
-        except ContextError as error:
-            failures.report(error)
-            drop = "/drop takes away what is attached, " if self.pending.items else ""
-            self.say(f"{drop}/clear starts a new conversation")
-        except Gemma4Error as error:
-            failures.report(error)
-        except Exception as error:
-            failures.report(error)
-            self.say("the conversation up to the last answer is still here")
-        return None
-
-    def _view(self) -> AnswerView:
-        return open_view(markdown=self._markdown, show_thoughts=self._show_thoughts)
-
-    def _turn(self, text: str, *, patient: bool) -> Any:
-        before = len(self.chat.messages)
-        try:
-            done = show_turn(self.chat, self.pending.message(text), self._view(), patient=patient)
-        finally:
-            if len(self.chat.messages) > before:  # else nothing was said, and the message was taken back
-                self.pending.drop_all()
-        if self._long_stats:
-            for line in status.long_stats(done.stats, self.chat.cache_status):
-                self.say(line)
+        if resume is not None:
+            asked = {"system": system, "thinking": thinking}
+            conversation = load(resume, **kv, **{name: value for name, value in asked.items() if value is not None})
         else:
-            columns = terminal_size(sys.stderr)[0] if sys.stderr.isatty() else None
-            self.say(status.turn_line(done.stats, columns))
-        return done
+            sampling = Sampling.from_defaults(tokenizer.generation_defaults, **changes)
+            conversation = Chat(loaded, tokenizer, system, thinking or False, sampling, **kept, **kv)
+        session = ChatSession(
+            conversation,
+            loader.introduction(model, loaded, kv) if interactive else [],
+            markdown=not no_markdown,
+            show_thoughts=not hide_thinking,
+            long_stats=stats,
+            toolbox=toolbox,
+            open_file=load,
+            file=resume,
+            offer_room=interactive and full is None,
+        )
+        if interactive:
+            return session.talk(prompt, files)
+        if model == options.DEMO:
+            session.say(loader.demo_notice())
+        return session.once(prompt or "", files)

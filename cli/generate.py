@@ -14,16 +14,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlx_gemma4.errors import UsageError
+from mlx_gemma4.errors import Gemma4Error, UsageError
 
 from . import failures, options
 from .tui import status
 from .tui.pending import Pending, attached
 from .tui.stream import open_view
+from .tui.toolbox import declared_in
 from .tui.turn import show_turn
 
 if TYPE_CHECKING:
-    from mlx_gemma4.chat import Chat, ChatEvent
+    from mlx_gemma4.chat import Chat
+    from mlx_gemma4.events import ChatEvent, Malformed, Stats, ToolCall
     from mlx_gemma4.sampling import Sampling
 
 
@@ -37,11 +39,14 @@ def command(
     dtype: options.Dtype = None,
     check: options.Check = False,
     system: options.System = None,
-    think: options.Think = False,
+    think: options.Think = None,
     raw: Annotated[
         bool,
         typer.Option("--raw", help="Continue the text itself: no chat template, no turns.", rich_help_panel="Model"),
     ] = False,
+    schema: options.Schema = None,
+    regex: options.Regex = None,
+    tools: options.Declared = None,
     image: options.Images = None,
     audio: options.Audio = None,
     video: options.Videos = None,
@@ -71,7 +76,9 @@ def command(
     ] = False,
     as_json: Annotated[
         bool,
-        typer.Option("--json", help="Print one JSON object: text, thought, counts, rates.", rich_help_panel="Screen"),
+        typer.Option(
+            "--json", help="Print one JSON object: text, thought, tool calls, counts, rates.", rich_help_panel="Screen"
+        ),
     ] = False,
 ) -> int:
     """Answer one prompt, from the argument, from stdin or from both, on stdout.
@@ -88,8 +95,14 @@ def command(
         repetition_penalty=repetition_penalty,
         seed=seed,
     )
-    if raw and (system is not None or think):
-        raise UsageError("--raw has no turns, so --system and --think mean nothing with it; leave one of them out")
+    thinking = options.thinking(think)
+    form = options.form(schema, regex)
+    turns_only = {"--system": system, "--think": think, "--schema": schema, "--regex": regex, "--tools": tools}
+    if raw and (given := [name for name, value in turns_only.items() if value is not None]):
+        raise UsageError(f"--raw has no turns, so {' and '.join(given)} mean nothing with it; leave one of them out")
+    if tools and not as_json:
+        raise UsageError("calls are printed with --json only; add it, or use gemma4 chat --tools, which runs them")
+    declared = [tool for file in tools or () for tool in declared_in(file)]
     files = options.media_files(image, audio, video)
     settings = options.media_settings(image_tokens, video_tokens, fps, max_frames)
     if raw and files:
@@ -114,18 +127,30 @@ def command(
         answerer: Any = Continuation(loaded, tokenizer, sampling, prefill_step_size, loaded.make_cache(**kv))
     else:
         answerer = Chat(
-            loaded, tokenizer, system, think, sampling, prefill_step_size=prefill_step_size, media=settings, **kv
+            loaded,
+            tokenizer,
+            system,
+            thinking or False,
+            sampling,
+            tools=declared,
+            prefill_step_size=prefill_step_size,
+            media=settings,
+            **kv,
         )
         message = _with_files(answerer, files, text, verbose=stats or sys.stderr.isatty())
     kept = _Kept()
-    # A raw continuation is text, not necessarily markdown.
-    view = kept if as_json else open_view(markdown=not (no_markdown or raw), show_thoughts=think and not hide_thinking)
-    done = show_turn(answerer, message, view, patient=False)
+    # A raw continuation is text, not necessarily markdown; a form is no markdown.
+    markdown = not (no_markdown or raw or form)
+    view = kept if as_json else open_view(markdown=markdown, show_thoughts=bool(thinking) and not hide_thinking)
+    done = show_turn(
+        answerer, message, view, patient=False, on_call=kept.call if as_json else None, response_format=form
+    )
     if as_json:
-        record = {"model": model, "text": "".join(kept.texts), "thought": "".join(kept.thoughts)}
-        print(json.dumps(record | dataclasses.asdict(done.stats), ensure_ascii=False), flush=True)
+        print(json.dumps(kept.record(model, done.stats), ensure_ascii=False), flush=True)
     if stats:
         status.dim(status.turn_line(done.stats))
+    if form and done.reason in ("length", "repetition"):
+        raise Gemma4Error(f"the answer was cut off ({done.reason}) before its form was complete")
     return failures.INTERRUPTED if done.reason == "cancelled" else 0
 
 
@@ -151,12 +176,25 @@ def _with_files(chat: Chat, files: list[tuple[str, str]], text: str, *, verbose:
     return pending.message(text)
 
 
+# What of a call is printed: of one that cannot be read its text and what is wrong with it.
+_OF_CALLS = ("id", "name", "arguments", "notes", "error")
+
+
 class _Kept:
     """A view that keeps the answer instead of showing it."""
 
     def __init__(self) -> None:
         self.thoughts: list[str] = []
         self.texts: list[str] = []
+        self.calls: list[dict[str, Any]] = []
+
+    def call(self, event: ToolCall | Malformed) -> None:
+        shown = dataclasses.asdict(event)
+        self.calls.append({name: value for name, value in shown.items() if name in _OF_CALLS and value})
+
+    def record(self, model: str, stats: Stats) -> dict[str, Any]:
+        said = {"model": model, "text": "".join(self.texts), "thought": "".join(self.thoughts)}
+        return said | {"tool_calls": self.calls} | dataclasses.asdict(stats)
 
     def thought(self, text: str) -> None:
         self.thoughts.append(text)
@@ -183,7 +221,7 @@ class Continuation:
         self._cancelled = True
 
     def stream(self, text: str, *, progress: Callable[[int, int], Any] | None = None) -> Iterator[ChatEvent]:
-        from mlx_gemma4.chat import Done, Stats, Text
+        from mlx_gemma4.events import Done, Stats, Text
         from mlx_gemma4.generation import cache_offset, context_limit, stream_generate
 
         def watch(done: int, total: int) -> bool:

@@ -6,9 +6,11 @@ Owns names, help texts and what is refused before a model is loaded. Leaves rang
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 DEMO = "demo"
 
 _MODEL, _MEDIA, _SAMPLING = "Model", "Pictures, sound, video", "Sampling"
-_MEMORY, _SCREEN = "Memory and speed", "Screen"
+_TOOLS, _ANSWER, _MEMORY, _SCREEN = "Tools", "Form of the answer", "Memory and speed", "Screen"
 
 
 def _model_names(typed: str) -> list[str]:
@@ -62,8 +64,71 @@ Check = Annotated[
 ]
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="System prompt.", rich_help_panel=_MODEL)]
 Think = Annotated[
-    bool,
-    typer.Option("--think/--no-think", help="Let the model think before it answers.", rich_help_panel=_MODEL),
+    str | None,
+    typer.Option(
+        "--think",
+        metavar="HOW",
+        help="Whether the model thinks before it answers: off, on, or at most low, medium, high or N tokens. "
+        "Default: off.",
+        rich_help_panel=_MODEL,
+    ),
+]
+Tools = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tools",
+        metavar="FILE",
+        help="Functions the model may call: a Python file with type hints and docstrings. May be given several times.",
+        rich_help_panel=_TOOLS,
+    ),
+]
+Mcp = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--mcp",
+        metavar="COMMAND",
+        help="A server of tools (Model Context Protocol over stdio), as you would start it. Several times, too.",
+        rich_help_panel=_TOOLS,
+    ),
+]
+Yes = Annotated[
+    bool, typer.Option("--yes", "-y", help="Run calls without asking for each tool first.", rich_help_panel=_TOOLS)
+]
+Declared = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tools",
+        metavar="FILE",
+        help="Tools the model is told of, a Python file or a JSON list of declarations. Calls are printed, not run; "
+        "with --json.",
+        rich_help_panel=_ANSWER,
+    ),
+]
+Schema = Annotated[
+    str | None,
+    typer.Option(
+        "--schema",
+        metavar="FILE",
+        help="The answer is JSON of this schema: a file, or the schema itself.",
+        rich_help_panel=_ANSWER,
+    ),
+]
+Regex = Annotated[
+    str | None,
+    typer.Option("--regex", metavar="REGEX", help="The answer matches this, as a whole.", rich_help_panel=_ANSWER),
+]
+OnFull = Annotated[
+    str | None,
+    typer.Option(
+        "--on-full",
+        metavar="HOW",
+        help="When the context is full: stop, drop the oldest turns, or summarize them. Default: ask.",
+        rich_help_panel=_MEMORY,
+    ),
+]
+Resume = Annotated[
+    str | None,
+    typer.Option("--resume", metavar="FILE", help="Go on with a conversation that /save kept.", rich_help_panel=_MODEL),
 ]
 HideThinking = Annotated[bool, typer.Option("--hide-thinking", help="Do not show thoughts.", rich_help_panel=_SCREEN)]
 NoMarkdown = Annotated[bool, typer.Option("--no-markdown", help="Show the text as it comes.", rich_help_panel=_SCREEN)]
@@ -206,6 +271,53 @@ def sampling_changes(**flags: Any) -> dict[str, Any]:
     given = {name: value for name, value in flags.items() if value is not None}
     Sampling(**given)
     return given
+
+
+def thinking(text: str | None, option: str = "--think") -> bool | int | str | None:
+    """As `Chat` takes it; None stays None. Raises UsageError."""
+    if text is None:
+        return None
+    from mlx_gemma4.guides import LEVELS, thinking_budget
+
+    given = text.strip().lower()
+    try:
+        thinking_budget(given)
+    except (ValueError, UsageError):
+        raise UsageError(f"{option} takes off, on, {', '.join(LEVELS)} or a number of tokens, not {text!r}") from None
+    if given in ("on", "off"):
+        return given == "on"
+    return int(given) if given.isdecimal() else given
+
+
+def form(schema: str | None, regex: str | None) -> dict[str, Any] | None:
+    """The response format asked for. Raises UsageError."""
+    if schema is not None and regex is not None:
+        raise UsageError("--schema and --regex are two forms of one answer; leave one out")
+    if regex is not None:
+        return {"type": "regex", "regex": checked_text(regex, "--regex")}
+    if schema is None:
+        return None
+    given = schema.strip()
+    inline = given.startswith("{")
+    where = "--schema" if inline else f"--schema {schema}"
+    try:
+        found = json.loads(given if inline else Path(schema).expanduser().read_bytes())
+    except OSError as e:
+        raise UsageError(f"{where} cannot be read: {e.strerror}") from None
+    except ValueError as e:
+        raise UsageError(f"{where} is no JSON: {e}") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{where} is no schema: it must be a JSON object")
+    return {"type": "json_schema", "schema": found}
+
+
+def on_full(text: str | None) -> Any:
+    """Raises UsageError."""
+    from mlx_gemma4.room import ON_FULL
+
+    if text not in (None, *ON_FULL):
+        raise UsageError(f"--on-full takes {', '.join(ON_FULL)}, not {text!r}")
+    return text
 
 
 def kv_request(

@@ -157,6 +157,8 @@ def generate_step(
     cache: list[Any] = prompt_cache if prompt_cache is not None else model.make_cache(**_asked(kv_bits))
     total = prompt.size
     max_tokens = token_budget(model, cache, total, max_tokens)
+    if guide is not None:
+        guide.begin(max_tokens)
 
     progress = prompt_progress_callback or (lambda done, total: None)
     pick = sampler or (lambda logprobs: mx.argmax(logprobs, axis=-1))
@@ -201,7 +203,9 @@ def generate_step(
     while True:
         following: Any = None  # the next logits under a guide, else the next token with its logprobs
         if guide is not None:
-            guide.advance(int(token.item()))  # type: ignore[arg-type]
+            said = int(token.item())  # type: ignore[arg-type]
+            if (kept := guide.advance(said)) != said:
+                token = mx.array([kept])
         if n != max_tokens:
             if processors:
                 seen = mx.concatenate([seen, token])

@@ -5,6 +5,7 @@ to its budget and left alone otherwise, a grammar begins with the answer. Leaves
 turn means to `turns.py`.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -12,18 +13,27 @@ import numpy as np
 
 from .errors import UsageError
 from .tokenizer import Tokenizer
-from .turns import CHANNEL_CLOSE, CHANNEL_OPEN, TurnParser
+from .turns import CALL_CLOSE, CALL_OPEN, CHANNEL_CLOSE, CHANNEL_OPEN, TurnParser
 
 # Tokens of a thought that the words allow. The published models think for some 500 tokens about an easy question.
 LEVELS = {"low": 256, "medium": 1024, "high": 4096}
-# A thought that reached its budget may end its sentence or line within so many tokens; closing it takes two more.
-GRACE = 6
+# A thought that reached its budget may end its sentence within SENTENCE tokens and its character within GRACE; closing
+# it takes two more.
+SENTENCE, GRACE = 3, 6
+# Of the tokens an answer may have, what a thought leaves to an answer of a given form.
+ANSWER_SHARE = 4
 
 Thinking = bool | int | str
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Guide(Protocol):
     """Follows the tokens of one answer and says what may come next."""
+
+    def begin(self, limit: int) -> int:
+        """So many tokens may come at most, -1: no limit. Told before the first one. Returns how many it needs, as far
+        as it knows; raises UsageError when that is more."""
+        ...
 
     def forced(self) -> int | None:
         """The only token that may come next, where a rule says so: it is not sampled."""
@@ -33,8 +43,8 @@ class Guide(Protocol):
         """Which tokens may come next: bool [at most V], tokens beyond it may not. None: all of them."""
         ...
 
-    def advance(self, token: int) -> None:
-        """Takes note of the token that came."""
+    def advance(self, token: int) -> int:
+        """Takes note of the token that came. Returns it, or the one to be said in its place."""
         ...
 
 
@@ -50,19 +60,40 @@ def thinking_budget(thinking: Thinking) -> tuple[bool, int | None]:
         return True, LEVELS[thinking]
     try:
         tokens = int(thinking)
-    except ValueError:
-        tokens = -1
-    if tokens < 0 or tokens != float(thinking):
+        whole = tokens == float(thinking)
+    except (TypeError, ValueError, OverflowError):
+        tokens, whole = -1, False
+    if tokens < 0 or not whole:
         raise UsageError(f"thinking is off, on, {', '.join(LEVELS)} or a number of tokens, not {thinking!r}")
     return tokens > 0, tokens or None
 
 
-class TurnGuide:
-    """One answer: its thought within `budget` tokens, what follows within `grammar`.
+def mask_rows(guides: Sequence[Guide | None], width: int) -> np.ndarray:
+    """What may come next in each row of a batch: bool [B, width]. None: a row without rules, or one that has ended.
 
-    prompt: ids the answer continues, which may end inside a thought. thinks: whether a thought may be opened. The
-    thought is closed as the template closes it, with a newline and `<channel|>`, at the end of a sentence or line if
-    one comes within GRACE tokens.
+    For loops of one's own over `model(tokens [B, 1])`; generation here is one row at a time. Each row's `advance` is
+    told its own token.
+    """
+    rows = np.zeros((len(guides), width), bool)
+    for row, guide in zip(rows, guides, strict=True):
+        if guide is None:
+            row[:] = True
+        elif (token := guide.forced()) is not None:
+            row[token] = True
+        elif (allowed := guide.mask()) is None:
+            row[:] = True
+        else:
+            row[: len(allowed)] = allowed[:width]
+    return rows
+
+
+class TurnGuide:
+    """One answer: its thoughts within `budget` tokens together, what follows within `grammar`.
+
+    prompt: ids the answer continues, which may end inside a thought. thinks: whether a thought may be opened. A thought
+    is closed as the template closes it, with a newline and `<channel|>`, at the end of a sentence or line if one comes
+    soon, and never inside a character. It is never longer than budget + GRACE + 2 tokens. Where a grammar waits for its
+    turn, a thought also leaves a share of the tokens there are.
     """
 
     def __init__(
@@ -74,59 +105,98 @@ class TurnGuide:
         grammar: Guide | None = None,
     ):
         self._tokenizer = tokenizer
-        self._open, self._close = tokenizer.token_id(CHANNEL_OPEN), tokenizer.token_id(CHANNEL_CLOSE)
-        newline = tokenizer.encode("\n", add_special_tokens=False)
-        self._closing = [*newline, self._close]
-        self._stops = frozenset(tokenizer.eos_token_ids)
-        self._size = tokenizer.vocab_size
+        ids = tokenizer.token_id
+        self._open, self._close = ids(CHANNEL_OPEN), ids(CHANNEL_CLOSE)
+        self._call, self._call_end = ids(CALL_OPEN), ids(CALL_CLOSE)
+        self._newline = tokenizer.encode("\n", add_special_tokens=False)
         self._budget, self._grammar = budget, grammar
         self._thought = TurnParser.after_prompt(tokenizer, prompt).state in ("label", "thought")
         self._may_open = thinks and self._open is not None and self._close is not None
         self._answered = False  # whether the answer has begun
+        self._in_call = False  # one that began inside the thought
+        self._left = -1
         self._used = 0  # tokens of thought so far
         self._queue: list[int] = []  # what is being forced
-        self._last_text = ""
+        self._last_text, self._missing = "", 0  # of the thought: its last token, bytes its last character lacks
+        # An answer is owed where a grammar describes it.
+        self._thinking = self._everything_but({*tokenizer.eos_token_ids, self._call, self._call_end})
+        self._exhausted = self._everything_but({self._open})
+
+    def begin(self, limit: int) -> int:
+        self._left = limit
+        needed = 0 if self._grammar is None else self._grammar.begin(limit)
+        if self._grammar is not None and limit >= 0:
+            most = max(0, limit - max(needed, limit // ANSWER_SHARE) - GRACE - 3)
+            self._budget = most if self._budget is None else min(self._budget, most)
+            self._may_open = self._may_open and most > GRACE
+            if self._thought and most == 0 and limit < needed + GRACE + 2:
+                raise UsageError(f"{limit} tokens do not hold the end of the thought and an answer; raise max_tokens")
+        return needed
 
     def forced(self) -> int | None:
-        if not self._queue and self._thought and self._spent():
-            at_line_end = self._last_text.endswith("\n")
-            self._queue = [t for t in (self._closing[-1:] if at_line_end else self._closing) if t is not None]
-        return self._queue[0] if self._queue else None
+        if not self._queue and self._thought and self._close is not None and self._spent():
+            self._queue = [self._close] if self._last_text.endswith("\n") else [*self._newline, self._close]
+        if self._queue:
+            return self._queue[0]
+        return None if self._thought or self._grammar is None else self._grammar.forced()
 
     def mask(self) -> np.ndarray | None:
         if self._thought:
-            # An answer is owed where a grammar describes it.
-            return None if self._grammar is None else self._everything_but(self._stops)
+            return None if self._grammar is None else self._thinking
+        exhausted = self._budget is not None and self._used >= self._budget
         if self._grammar is None:
-            exhausted = self._budget is not None and self._used >= self._budget
-            return self._everything_but({self._open}) if exhausted and self._open is not None else None
+            return self._exhausted if exhausted else None
         allowed = self._grammar.mask()
-        if allowed is not None and self._may_open and not self._answered and self._open is not None:
-            allowed = np.pad(allowed, (0, max(0, self._open + 1 - len(allowed))))
-            allowed[self._open] = True
+        if allowed is not None and self._may_open and not self._answered and not exhausted:
+            opening = self._open or 0
+            allowed = np.pad(allowed, (0, max(0, opening + 1 - len(allowed))))
+            allowed[opening] = True
         return allowed
 
-    def advance(self, token: int) -> None:
+    def advance(self, token: int) -> int:
+        self._left -= self._left > 0
         if self._queue:
             self._queue.pop(0)
-        if self._thought:
+        if self._in_call:
+            self._in_call = token != self._call_end
+        elif self._thought:
             self._used += 1
-            self._last_text = self._tokenizer.decode([token])
+            self._read(token)
             self._thought = token != self._close
+            self._in_call = token == self._call
+            if not self._thought and self._grammar is not None:
+                self._grammar.begin(self._left)
         elif token == self._open and not (self._grammar and self._answered):
-            self._thought, self._last_text = True, ""
+            self._thought, self._last_text, self._missing = True, "", 0
         else:
             self._answered = True
             if self._grammar is not None:
-                self._grammar.advance(token)
+                return self._grammar.advance(token)
+        return token
 
     def _spent(self) -> bool:
         """Whether the thought is to be closed now."""
-        if self._budget is None or self._used < self._budget:
+        over = -1 if self._budget is None else self._used - self._budget
+        if over < 0 or self._in_call:
             return False
-        return self._used >= self._budget + GRACE or self._last_text.rstrip(" ").endswith(("\n", ".", "!", "?"))
+        if over >= SENTENCE and not self._missing:
+            return True
+        return over >= GRACE or self._last_text.rstrip(" ").endswith(("\n", ".", "!", "?"))
 
-    def _everything_but(self, ids: "set[int] | frozenset[int]") -> np.ndarray:
-        allowed = np.ones(self._size, bool)
-        allowed[[i for i in ids if i < self._size]] = False
+    def _read(self, token: int) -> None:
+        """Takes note of how the thought reads after this token."""
+        byte = _BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(token) or "")
+        if byte is None:
+            self._last_text, self._missing = self._tokenizer.decode([token]), 0
+            return
+        value = int(byte[1], 16)
+        self._last_text = chr(value) if value < 0x80 else ""
+        if value < 0xC0:
+            self._missing = max(0, self._missing - 1) if value >= 0x80 else 0
+        else:
+            self._missing = 1 + (value >= 0xE0) + (value >= 0xF0)
+
+    def _everything_but(self, ids: "set[int | None]") -> np.ndarray:
+        allowed = np.ones(self._tokenizer.vocab_size, bool)
+        allowed[[i for i in ids if i is not None and i < len(allowed)]] = False
         return allowed

@@ -143,6 +143,13 @@ class Tokenizer:
 
         return LLTokenizer(self._raw.to_str(), eos_token=sorted(self.eos_token_ids))
 
+    @cached_property
+    def byte_vocabulary(self) -> Any:
+        """Bytes and special tokens alone, see `endings.py`; made once."""
+        from .endings import byte_vocabulary
+
+        return byte_vocabulary(self)
+
     def convert_tokens_to_ids(self, tokens: str | list[str]) -> Any:
         return self.token_id(tokens) if isinstance(tokens, str) else [self.token_id(t) for t in tokens]
 

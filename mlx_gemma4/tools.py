@@ -31,8 +31,8 @@ from typing import Any, ClassVar, Literal
 
 from .errors import ContextError, UsageError
 from .events import ChatEvent, Done, Malformed, ToolCall
-from .tool_calls import result_message
-from .tool_results import error, in_words, told, without_marks
+from .tool_calls import as_call, result_message
+from .tool_results import error, in_words, told
 from .tool_schemas import ArgumentError, fit, plain_schema
 
 TIMEOUT = 60.0  # seconds a call may take
@@ -40,6 +40,8 @@ ROUNDS = 40  # times a turn may call tools
 _STEP = 0.05  # seconds between two looks at whether a call is still wanted
 # What the published templates write and the parser reads.
 _NAME = re.compile(r"[A-Za-z_][\w.:/-]*", re.ASCII)
+# Gemma 4's control tokens, spelled out: a description must not end its declaration, nor a server's begin a turn.
+_MARK = re.compile(r"<(?=\|[^<>\s]{1,20}>|[^<>\s|]{1,20}\|>|(?:bos|eos)>)")
 _ARGS = re.compile(r"(?m)^(?:Args|Arguments|Parameters):\s*$")
 _OTHER_SECTIONS = re.compile(r"(?m)^(?:Returns?|Raises|Yields|Examples?|Notes?):")
 
@@ -105,7 +107,7 @@ class Tool:
     def declaration(self) -> dict[str, Any]:
         """As templates read it; descriptions cannot end it."""
         parameters = _described(self.parameters)
-        function = {"name": self.name, "description": without_marks(self.description), "parameters": parameters}
+        function = {"name": self.name, "description": _MARK.sub("< ", self.description), "parameters": parameters}
         return {"type": "function", "function": function}
 
     def arguments(self, call: ToolCall) -> dict[str, Any]:
@@ -270,10 +272,8 @@ def _settle(chat: Any, calls: Sequence[ToolCall | Malformed], results: Sequence[
     messages = chat.messages
     if not calls or not messages or not messages[-1].get("tool_calls"):
         return
-    from .chat import _as_call
-
     rest = [(call, error("not run: the answer was stopped")) for call in calls[len(results) :]]
-    new = [result_message(_as_call(call), result) for call, result in (*results, *rest)]
+    new = [result_message(as_call(call), result) for call, result in (*results, *rest)]
     if hasattr(chat, "call"):  # an EngineChat, whose messages are a copy
         chat.call(lambda inner: inner.messages.extend(new))
     else:
@@ -323,7 +323,7 @@ def _model_of(
 
     fields: dict[str, Any] = {}
     for i, parameter in enumerate(parameters.values()):
-        told = {"description": about[parameter.name]} if parameter.name in about else {}
+        told: dict[str, Any] = {"description": about[parameter.name]} if parameter.name in about else {}
         default = ... if parameter.default is parameter.empty else parameter.default
         # By an alias, because a model has attributes of its own, "json" and "copy" among them.
         fields[f"p{i}"] = (parameter.annotation, Field(default, alias=parameter.name, **told))
@@ -386,5 +386,5 @@ def _described(node: Any) -> Any:
     if not isinstance(node, dict):
         return node
     return {
-        k: without_marks(v) if k == "description" and isinstance(v, str) else _described(v) for k, v in node.items()
+        k: _MARK.sub("< ", v) if k == "description" and isinstance(v, str) else _described(v) for k, v in node.items()
     }

@@ -1,8 +1,11 @@
 """A conversation without a model, for tests of the terminal: the answer depends on the words of the question.
 
-Owns scripted events of the same classes as `mlx_gemma4.chat`. Run as a script it is `gemma4 chat` on a fake.
+Owns scripted events of the same classes as `mlx_gemma4.chat`. Run as a script it is `gemma4 chat` on a fake; the
+variables TOOLS (a file) and YES are its options.
 """
 
+import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -10,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_gemma4.chat import ChatEvent, Done, Stats, Text, Thought
 from mlx_gemma4.errors import ContextError, UsageError
+from mlx_gemma4.events import ChatEvent, Done, Malformed, Shortened, Stats, Text, Thought, ToolCall
 from mlx_gemma4.media.content import text_of
 from mlx_gemma4.media.items import Item
 from mlx_gemma4.media.sources import MediaError
 from mlx_gemma4.sampling import Sampling
+from mlx_gemma4.tool_calls import call_message, result_message
 
 MARKDOWN = """# A title
 
@@ -70,7 +74,8 @@ class FakeChat:
     def __init__(self, pause: float = 0.0):
         self.messages: list[dict[str, Any]] = []
         self.system: str | None = None
-        self.thinking = False
+        self.thinking: Any = False
+        self.on_full = "stop"
         self.sampling = Sampling()
         self.stats: Stats | None = None
         self.pause = pause
@@ -79,6 +84,17 @@ class FakeChat:
 
     def cancel(self) -> None:
         self._cancelled = True
+
+    context_used = 77
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(self.messages))
+
+    @classmethod
+    def load(cls, path: str) -> "FakeChat":
+        chat = cls()
+        chat.messages = json.loads(Path(path).read_text())
+        return chat
 
     def clear(self) -> None:
         self.messages = []
@@ -95,14 +111,36 @@ class FakeChat:
         return ["4 x ring: 10 bytes", "1 x global: 20 bytes"]
 
     def stream(
-        self, message: str | list[dict[str, Any]], *, progress: Callable[[int, int], Any] | None = None
+        self,
+        message: str | list[dict[str, Any]],
+        *,
+        progress: Callable[[int, int], Any] | None = None,
+        tools: Any = None,
     ) -> Iterator[ChatEvent]:
         self._cancelled = False
         text = text_of(message)
         if text.endswith("full"):
-            raise ContextError("the prompt has 9 tokens and the context holds 8")
+            if self.on_full == "stop":
+                raise ContextError("the prompt has 9 tokens and the context holds 8")
+            gone = len(self.messages)
+            self.messages.clear()
+            yield Shortened(gone, "we talked" if self.on_full == "summarize" else None)
         self.messages.append({"role": "user", "content": message})
-        said = ""
+        yield from self._answer(text, progress)
+
+    def stream_results(
+        self, results: Any, *, progress: Callable[[int, int], Any] | None = None, tools: Any = None
+    ) -> Iterator[ChatEvent]:
+        self._cancelled = False
+        for call, result in results:
+            call = call if isinstance(call, ToolCall) else ToolCall("unknown", {}, call.raw)
+            self.messages.append(result_message(call, result))
+        told = " and ".join(json.dumps(result) for _, result in results)
+        asked = next(m["content"] for m in reversed(self.messages) if m["role"] == "user")
+        yield from self._answer(asked if asked == "again and again" else f"told {told}", progress)
+
+    def _answer(self, text: str, progress: Callable[[int, int], Any] | None) -> Iterator[ChatEvent]:
+        said, calls = "", []
         if "mute" in text:
             while not self._cancelled:
                 time.sleep(0.01)
@@ -116,9 +154,14 @@ class FakeChat:
                 break
             if isinstance(event, Text):
                 said += event.text
+            if isinstance(event, ToolCall | Malformed):
+                calls.append(event if isinstance(event, ToolCall) else ToolCall("unknown", {}, event.raw))
+                reason = "tool_calls"
             yield event
             time.sleep(self.pause)
-        self.messages.append({"role": "assistant", "content": said})
+        if text == "loop":
+            reason = "repetition"
+        self.messages.append(call_message(calls, said))
         self.stats = Stats(1200, 1000, 456.7, 88, 31.25, 1288, 131072, 12_345_678, 23_456_789, reason)
         yield Done(self.stats, reason)
 
@@ -139,6 +182,16 @@ class FakeChat:
         elif text == "md":
             for i in range(0, len(MARKDOWN), 3):
                 yield Text(MARKDOWN[i : i + 3])
+        elif text == "weather":
+            yield Text("Let me look.")
+            yield ToolCall("weather", {"city": "Paris", "days": 2}, "", "call_0")
+        elif text == "twice":
+            yield ToolCall("weather", {"city": "Oslo\x1b[2J"}, "", "call_0")
+            yield ToolCall("weather", {"city": "Rome", "days": "soon"}, "", "call_1")
+        elif text in ("nap", "oops", "again and again"):
+            yield ToolCall(text.split()[0], {}, "", f"call_{len(self.messages)}")
+        elif text == "broken call":
+            yield Malformed("<|tool_call>call:weather{", "the call of weather ends in its middle")
         elif text == "think":
             yield Thought("let me ")
             yield Thought("see")
@@ -163,7 +216,15 @@ class FakeChat:
 
 
 if __name__ == "__main__":
-    from mlx_gemma4.cli.chat import ChatSession
+    from mlx_gemma4.cli.tui.session import ChatSession
+    from mlx_gemma4.cli.tui.toolbox import open_toolbox
 
-    session = ChatSession(FakeChat(pause=0.005), ["a fake model", "cache: none"])  # type: ignore[arg-type]
-    sys.exit(session.talk(sys.argv[1] if len(sys.argv) > 1 else None))
+    files = [os.environ["TOOLS"]] if "TOOLS" in os.environ else None
+    with open_toolbox(files, None, "YES" in os.environ) as toolbox:
+        session = ChatSession(
+            FakeChat(pause=0.005),  # type: ignore[arg-type]
+            ["a fake model", "cache: none"],
+            toolbox=toolbox,
+            open_file=FakeChat.load,  # type: ignore[arg-type]
+        )
+        sys.exit(session.talk(sys.argv[1] if len(sys.argv) > 1 else None))

@@ -102,10 +102,10 @@ def test_thoughts_stay_out_of_pipes(gemma4, model, monkeypatch):
     scripted = (ScriptedModel(tokenizer, [reply]), tokenizer)
     monkeypatch.setattr(loader, "open_model", lambda *_, **__: scripted)
     for command in ("generate", "chat"):
-        ran = gemma4(command, "hi", "--model", model, "--think", "--temperature", "0")
+        ran = gemma4(command, "hi", "--model", model, "--think", "on", "--temperature", "0")
         assert (ran.code, ran.out) == (0, "yes\n")
         assert "let me see" not in ran.err
-    record = json.loads(gemma4("generate", "hi", "--think", "--temperature", "0", "--json").out)
+    record = json.loads(gemma4("generate", "hi", "--think", "low", "--temperature", "0", "--json").out)
     assert (record["text"], record["thought"]) == ("yes", "let me see")
 
 

@@ -7,6 +7,7 @@ from fake_chat import FakeChat
 
 from mlx_gemma4.cli.tui import commands
 from mlx_gemma4.cli.tui.pending import Pending, attached
+from mlx_gemma4.cli.tui.toolbox import Toolbox, from_file
 from mlx_gemma4.errors import UsageError
 from mlx_gemma4.kernels import backend
 from mlx_gemma4.media.sources import MediaError
@@ -19,10 +20,16 @@ class Said:
         self.chat = FakeChat()
         self.title = ["a fake model", "cache: none"]
         self.pending = Pending()
+        self.toolbox = Toolbox()
+        self.file: str | None = None
+        self.next_line = ""
         self.lines: list[str] = []
 
     def say(self, text: str) -> None:
         self.lines.append(text)
+
+    def load(self, path: str) -> None:
+        self.chat = FakeChat.load(path)
 
     def attach(self, kind: str, source: str) -> None:
         self.lines += attached(self.pending.add(self.chat.senses, kind, source))  # type: ignore[arg-type]
@@ -89,7 +96,11 @@ def test_set_changes_one_value(session: Said):
         ("/set temperature none", "takes a number"),
         ("/set suppress_tokens 3", "no setting"),
         ("/set temperature", "a name and a value"),
-        ("/think maybe", "on or off"),
+        ("/think maybe", "/think takes off, on, low, medium, high or a number of tokens, not 'maybe'"),
+        ("/think -5", "not '-5'"),
+        ("/save", "/save takes a file"),
+        ("/load", "/load takes a file"),
+        ("/edit", "nothing was asked yet"),
         ("/model e2b", "gemma4 chat --model"),
         ("/image", "/image takes a file, for example /image ~/picture.png"),
         ("/audio  ", "/audio takes a file"),
@@ -130,6 +141,11 @@ def test_clear_think_model_stats(session: Said):
     assert session.chat.thinking is True
     session.run("/think off")
     assert session.chat.thinking is False
+    session.run("/think low")
+    assert session.lines == ["thinking is low, at most 256 tokens"]
+    session.run("/think 300")
+    assert session.chat.thinking == 300
+    assert session.lines == ["thinking is on, at most 300 tokens"]
     session.run("/model")
     assert session.lines == session.title
 
@@ -178,6 +194,45 @@ def test_what_is_attached(session: Said, tmp_path: Path, monkeypatch: pytest.Mon
     assert session.pending.items == []
 
 
+def test_tools_are_listed(session: Said):
+    session.run("/tools")
+    assert session.lines == ["no tools; start with gemma4 chat --tools FILE or --mcp COMMAND"]
+    session.toolbox = Toolbox(from_file(str(Path(__file__).parent / "fixtures" / "tools_example.py")))
+    session.toolbox.allowed.add("nap")
+    session.run("/tools")
+    assert session.lines[0] == "  weather(city, days?, unit?): The forecast."
+    assert session.lines[1] == "  nap() (runs without asking): Sleeps."
+
+
+def test_save_and_load(session: Said, tmp_path: Path):
+    list(session.chat.stream("hello"))
+    session.run(f"/save {tmp_path}/a talk")
+    file = tmp_path / "a talk.safetensors"
+    assert session.file == str(file) and f"gemma4 chat --resume {file} goes on" in session.lines[0]
+    list(session.chat.stream("more"))
+    session.run("/save")  # to the same file
+    session.run("/clear")
+    session.run(f'/load "{file}"')
+    assert [m["content"] for m in session.chat.messages if m["role"] == "user"] == ["hello", "more"]
+
+
+def test_edit_takes_back_questions(session: Said, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dog.png").touch()
+    for text in ("one", "two", "weather"):
+        list(session.chat.stream(text))
+    session.run("/edit")
+    assert session.next_line == "weather" and len(session.chat.messages) == 4
+    with pytest.raises(UsageError, match="from 1 to 2, not '3'"):
+        session.run("/edit 3")
+    session.run("/undo 2")
+    assert session.next_line == "one" and session.chat.messages == []
+    session.run("/image dog.png")
+    list(session.chat.stream(session.pending.message("what is it?")))
+    session.run("/edit")
+    assert session.next_line == "what is it?" and [item.name for item in session.pending.items] == ["dog.png"]
+
+
 def test_paths_complete_after_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my cat.png").touch()
@@ -189,9 +244,10 @@ def test_paths_complete_after_a_command(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_completion():
     assert commands.completions("/kv 3") == ["/kv 3.5", "/kv 3"]
-    assert commands.completions("/s") == ["/system", "/set", "/stats"]
+    assert commands.completions("/s") == ["/system", "/set", "/save", "/stats"]
     assert commands.completions("/set te") == ["/set temperature"]
     assert "/set min_p" in commands.completions("/set ")
     assert commands.completions("/think o") == ["/think on", "/think off"]
+    assert "/think low" in commands.completions("/think ")
     assert commands.completions("hello /s") == []
     assert commands.completions("") == []

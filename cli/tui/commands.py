@@ -10,11 +10,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, get_args, get_type_hints
 
 from mlx_gemma4.errors import UsageError
 from mlx_gemma4.kv_bits import BITS, number
 
+from .. import options
 from . import attachments, status
 from .pending import describe
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from mlx_gemma4.chat import Chat
 
     from .pending import Pending
+    from .toolbox import Toolbox
 
 
 class Session(Protocol):
@@ -31,12 +34,20 @@ class Session(Protocol):
 
     pending: Pending
 
+    toolbox: Toolbox
+
+    file: str | None  # where the conversation was saved or came from
+
+    next_line: str  # what the next prompt begins with
+
     @property
     def title(self) -> list[str]: ...
 
     def attach(self, kind: str, source: str) -> None: ...
 
     def say(self, text: str) -> None: ...
+
+    def load(self, path: str) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +87,7 @@ def completions(text: str) -> list[str]:
         return [f"{word} {path}" for path in attachments.completions(argument, word[1:])]
     choices = {
         "/set": setting_names,
-        "/think": lambda: ["on", "off"],
+        "/think": lambda: ["on", "off", "low", "medium", "high"],
         "/kv": lambda: [f"{b:g}" for b in BITS],
     }.get(word)
     return [f"{word} {c}" for c in choices() if c.startswith(argument)] if choices else []
@@ -206,11 +217,59 @@ def _kv(session: Session, argument: str) -> None:
 
 
 def _think(session: Session, argument: str) -> None:
-    if argument not in ("", "on", "off"):
-        raise UsageError(f"/think takes on or off, not {argument!r}")
     if argument:
-        session.chat.thinking = argument == "on"
-    session.say(f"thinking is {'on' if session.chat.thinking else 'off'}")
+        session.chat.thinking = options.thinking(argument, "/think") or False
+    session.say(f"thinking is {_thinking(session.chat.thinking)}")
+
+
+def _thinking(how: Any) -> str:
+    from mlx_gemma4.guides import thinking_budget
+
+    on, tokens = thinking_budget(how)
+    if not on or tokens is None:
+        return "on" if on else "off"
+    return f"{how}, at most {tokens:,} tokens" if isinstance(how, str) else f"on, at most {tokens:,} tokens"
+
+
+def _tools(session: Session, argument: str) -> None:
+    lines = session.toolbox.describe()
+    for line in lines:
+        session.say(f"  {line}")
+    if not lines:
+        session.say("no tools; start with gemma4 chat --tools FILE or --mcp COMMAND")
+
+
+def _save(session: Session, argument: str) -> None:
+    path = _unquote(argument) or session.file
+    if not path:
+        raise UsageError("/save takes a file, for example /save ~/talk.safetensors")
+    file = Path(path).expanduser()
+    file = file if file.suffix else file.with_suffix(".safetensors")
+    session.chat.save(file)
+    session.file = str(file)
+    session.say(f"saved to {file}, {status.size(file.stat().st_size)}; gemma4 chat --resume {file} goes on")
+
+
+def _load(session: Session, argument: str) -> None:
+    if not argument:
+        raise UsageError("/load takes a file that /save wrote")
+    session.load(str(Path(_unquote(argument)).expanduser()))
+
+
+def _edit(session: Session, argument: str) -> None:
+    turns = [i for i, message in enumerate(session.chat.messages) if message["role"] == "user"]
+    if not turns:
+        raise UsageError("nothing was asked yet")
+    if argument and not (argument.isdecimal() and 1 <= int(argument) <= len(turns)):
+        raise UsageError(f"/edit takes how many questions to go back, from 1 to {len(turns)}, not {argument!r}")
+    at = turns[-int(argument or 1)]
+    content = session.chat.messages[at]["content"]
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    session.pending.drop_all()
+    session.pending.items += [part[part["type"]] for part in parts if part["type"] != "text"]
+    session.next_line = "".join(part["text"] for part in parts if part["type"] == "text")
+    session.chat.messages[at:] = []
+    session.say("taken back, with what came after it; change it and send it again")
 
 
 def _model(session: Session, argument: str) -> None:
@@ -234,7 +293,11 @@ COMMANDS = (
     Command("/drop", "/drop [NUMBER]", "take away what waits, or one of it", _drop),
     Command("/system", "/system [TEXT|off]", "show, change or drop the system prompt", _system),
     Command("/set", "/set [NAME VALUE]", "show or change how answers are sampled", _set),
-    Command("/think", "/think [on|off]", "let the model think before it answers", _think),
+    Command("/think", "/think [HOW]", "think first: off, on, low, medium, high or N tokens", _think),
+    Command("/tools", "/tools", "what the model may call", _tools),
+    Command("/edit", "/edit [N]", "take back the last question, or N", _edit, ("/undo",)),
+    Command("/save", "/save [FILE]", "keep the conversation, for --resume", _save),
+    Command("/load", "/load FILE", "go on with one that was kept", _load),
     Command("/stats", "/stats", "what the last turn cost", _stats),
     Command("/kv", "/kv [BITS]", "what the cache keeps; or change it, as --kv-bits", _kv),
     Command("/model", "/model", "what runs here", _model),

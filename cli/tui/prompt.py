@@ -120,11 +120,11 @@ class Prompt:
         )
         self.dropped = ""
 
-    def ask(self, attached: int = 0) -> str:
-        """attached: how many files go with what is typed; the prompt says so."""
+    def ask(self, attached: int = 0, begun: str = "") -> str:
+        """attached: how many files go with what is typed; the prompt says so. begun: what the line begins with."""
         waiting = [("", f"{attached} attached ")] if attached else []
         try:
-            return self._session.prompt(FormattedText([*waiting, ("bold", "> ")]))
+            return self._session.prompt(FormattedText([*waiting, ("bold", "> ")]), default=begun)
         except KeyboardInterrupt:
             self.dropped = self._session.default_buffer.text
             raise

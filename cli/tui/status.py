@@ -16,10 +16,16 @@ from typing import TYPE_CHECKING, TextIO
 from .stream import DIM, RESET, terminal_size, wants_style
 
 if TYPE_CHECKING:
-    from mlx_gemma4.chat import Stats
+    from mlx_gemma4.events import Shortened, Stats
 
 # Clears the line the cursor is on and returns to its start.
-_WIPE = "\r\x1b[2K"
+WIPE = "\r\x1b[2K"
+
+_ENDED = {
+    "length": "cut at the token limit · ",
+    "cancelled": "stopped · ",
+    "repetition": "stopped, it only repeated itself · ",
+}
 
 
 def size(count: int | float) -> str:
@@ -54,19 +60,19 @@ def busy(what: str, stream: TextIO | None = None) -> Iterator[None]:
     if not wants_style(target):
         yield
         return
-    target.write(f"{_WIPE}{DIM}{what} ...{RESET}")
+    target.write(f"{WIPE}{DIM}{what} ...{RESET}")
     target.flush()
     try:
         yield
     finally:
-        target.write(_WIPE)
+        target.write(WIPE)
         target.flush()
 
 
 def turn_line(stats: Stats, columns: int | None = None) -> str:
     """What one turn cost, in one line: prompt, answer, context, cache. Fewer words where `columns` are few."""
     reused = f" ({stats.cached_tokens:,} re-used)" if stats.cached_tokens else ""
-    ended = {"length": "cut at the token limit · ", "cancelled": "stopped · "}.get(stats.finish_reason, "")
+    ended = _ENDED.get(stats.finish_reason, "")
     # A rate needs something computed: a prompt taken from the cache, or an answer of one token, has none.
     read = f" at {rate(stats.prompt_tps)}" if stats.prompt_tps and stats.prompt_tokens > stats.cached_tokens else ""
     said = f" at {rate(stats.generation_tps)}" if stats.generation_tps else ""
@@ -84,6 +90,12 @@ def turn_line(stats: Stats, columns: int | None = None) -> str:
     return ended + short.replace(" tok/s", "/s").replace(" at ", " ").replace(" of ", "/")
 
 
+def shortened_line(event: Shortened) -> str:
+    """What was done to a conversation that no longer fitted."""
+    what = "left out" if event.summary is None else "summed up"
+    return f"the context was full: the oldest {event.messages:,} messages were {what}"
+
+
 def _tokens(count: int) -> str:
     return f"{count:,} token{'' if count == 1 else 's'}"
 
@@ -91,10 +103,11 @@ def _tokens(count: int) -> str:
 def long_stats(stats: Stats, cache_status: list[str]) -> list[str]:
     """Everything known about the last turn, one fact per line."""
     new = stats.prompt_tokens - stats.cached_tokens
+    thought = f"{stats.thought_tokens:,} of them thought" if stats.thought_tokens else "no thought"
     rows = [
         ("prompt", f"{_tokens(stats.prompt_tokens)}: {stats.cached_tokens:,} re-used, {new:,} computed"),
         ("prompt rate", rate(stats.prompt_tps)),
-        ("answer", f"{_tokens(stats.generation_tokens)}, thought included ({stats.finish_reason})"),
+        ("answer", f"{_tokens(stats.generation_tokens)}, {thought} ({stats.finish_reason})"),
         ("answer rate", rate(stats.generation_tps)),
         ("context", _of(stats.context_used, stats.context_limit)),
         ("cache", f"{size(stats.cache_bytes)} ({stats.cache_bytes:,} bytes)"),
@@ -126,12 +139,13 @@ class PrefillMeter:
     def __call__(self, done: int, total: int) -> None:
         if not self._enabled or not total or self._clock() - self._start < self._after:
             return
-        self._stream.write(f"{_WIPE}{DIM}reading the prompt: {done:,} of {total:,} tokens ({done / total:.0%}){RESET}")
+        self._stream.write(f"{WIPE}{DIM}reading the prompt: {done:,} of {total:,} tokens ({done / total:.0%}){RESET}")
         self._stream.flush()
         self._shown = True
 
     def clear(self) -> None:
+        self._start = self._clock()  # a turn with calls reads several prompts
         if self._shown:
-            self._stream.write(_WIPE)
+            self._stream.write(WIPE)
             self._stream.flush()
             self._shown = False

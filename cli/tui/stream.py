@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # C0 and C1 controls except tab and newline: a model must not be able to drive the terminal.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
+BOLD = "\x1b[1m"
 DIM = "\x1b[2m"
 RESET = "\x1b[0m"
 

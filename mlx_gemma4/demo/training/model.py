@@ -39,13 +39,14 @@ GENERATION = {"bos_token_id": 2, "do_sample": False, "eos_token_id": EOS, "pad_t
 LAYER_SCALAR = 0.9  # a fixed buffer in transformers; anything but 1 so that the shipped model uses it
 
 
-def build(seed: int = 0) -> Gemma4ForCausalLM:
+def build(seed: int = 0, vocabulary: int = TEXT["vocab_size"]) -> Gemma4ForCausalLM:
     """A fresh float32 model with weights that suit a short training.
 
     Attention runs at scale 1, so q_norm * k_norm starts at 1.5 / sqrt(head_dim); the norms after each branch start at
     0.3, so that seven layers of branches do not drown the embedding.
     """
-    config = Gemma4TextConfig(**{k: v for k, v in TEXT.items() if v is not None and k != "model_type"})
+    fields = TEXT | {"vocab_size": vocabulary, "vocab_size_per_layer_input": vocabulary}
+    config = Gemma4TextConfig(**{k: v for k, v in fields.items() if v is not None and k != "model_type"})
     config._attn_implementation = "sdpa"
     torch.manual_seed(seed)
     model = Gemma4ForCausalLM(config)

@@ -1,8 +1,8 @@
 """The optimiser: Muon for the matrices inside the layers, Adam for embeddings and norms.
 
-Owns: one `step` over all parameters. Muon (K. Jordan, 2024) replaces a matrix's momentum by its nearest orthogonal
-matrix; the update is scaled to the size an Adam step would have (Liu et al., 2025, "Muon is scalable for LLM
-training").
+Owns: one `step` over all parameters. Convolutions, tables of positions and heads count as embeddings. Muon (K. Jordan,
+2024) replaces a matrix's momentum by its nearest orthogonal matrix; the update is scaled to the size an Adam step
+would have (Liu et al., 2025, "Muon is scalable for LLM training").
 """
 
 import torch
@@ -29,7 +29,7 @@ class Optimiser:
         self.matrices: dict[tuple[int, int], list[torch.nn.Parameter]] = {}
         self.others: list[tuple[str, torch.nn.Parameter]] = []
         for name, p in model.named_parameters():
-            if "embed_tokens" in name or p.dim() == 1:
+            if "embed_tokens" in name or "heads." in name or p.dim() != 2:
                 self.others.append(("vector" if p.dim() == 1 else "embed", p))
             else:
                 self.matrices.setdefault((p.shape[0], p.shape[1]), []).append(p)

@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 from . import catalog
 from .config import Gemma4Config
 from .conversions import names
-from .errors import ModelNotFoundError, UsageError, WeightsError
+from .errors import ConfigError, ModelNotFoundError, UsageError, WeightsError
 from .kv_bits import PLAIN, number
 from .safetensors_header import Tensor, read_header
 
@@ -161,6 +161,8 @@ def load_model(
     _check_ple(ple)
     config = config or Gemma4Config.from_folder(folder)
     headers = shards(folder)
+    if towers:
+        _check_processor(folder)
     model = Model(config, bool(towers))
     weights = _read(headers, model)
     if ple == "disk":
@@ -299,6 +301,18 @@ def _compute_dtype(dtype: str | mx.Dtype | None) -> mx.Dtype:
     if name not in DTYPES:
         raise UsageError(f"dtype {name!r} is not available; allowed: {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def _check_processor(folder: Path) -> None:
+    """Raises ConfigError when processor_config.json asks for other sound features than this package computes."""
+    from .media.mel import check_feature_extractor
+
+    path = folder / "processor_config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError:
+        raise ConfigError(f"{path} is not valid JSON; download it again") from None
+    check_feature_extractor(raw.get("feature_extractor") or {})
 
 
 def _check_ple(ple: str) -> None:

@@ -46,3 +46,17 @@ def test_another_feature_extractor_is_refused():
     mel.check_feature_extractor(published)
     with pytest.raises(ConfigError, match=r"preemphasis to 0\.97"):
         mel.check_feature_extractor(published | {"preemphasis": 0.97})
+
+
+def test_a_checkpoint_with_other_features_is_refused(tmp_path):
+    from tiny import make_tiny
+
+    from mlx_gemma4.errors import ConfigError
+    from mlx_gemma4.loading import load_model
+
+    folder = make_tiny(tmp_path / "m", "e2b", towers=True, tokenizer=False)
+    for text, what in (('{"feature_extractor": {"preemphasis": 0.97}}', "preemphasis"), ("{", "not valid JSON")):
+        (folder / "processor_config.json").write_text(text)
+        load_model(folder)
+        with pytest.raises(ConfigError, match=what):
+            load_model(folder, towers=True)

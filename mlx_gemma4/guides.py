@@ -13,7 +13,7 @@ import numpy as np
 
 from .errors import UsageError
 from .tokenizer import Tokenizer
-from .turns import CALL_CLOSE, CALL_OPEN, CHANNEL_CLOSE, CHANNEL_OPEN, TurnParser
+from .turns import CALL_CLOSE, CALL_OPEN, CHANNEL_CLOSE, CHANNEL_OPEN, LABEL, TurnParser
 
 # Tokens of a thought that the words allow. The published models think for some 500 tokens about an easy question.
 LEVELS = {"low": 256, "medium": 1024, "high": 4096}
@@ -110,14 +110,17 @@ class TurnGuide:
         self._call, self._call_end = ids(CALL_OPEN), ids(CALL_CLOSE)
         self._newline = tokenizer.encode("\n", add_special_tokens=False)
         self._budget, self._grammar = budget, grammar
-        self._thought = TurnParser.after_prompt(tokenizer, prompt).state in ("label", "thought")
+        state = TurnParser.after_prompt(tokenizer, prompt).state
+        self._thought = state in ("label", "thought")
         self._may_open = thinks and self._open is not None and self._close is not None
         self._answered = False  # whether the answer has begun
         self._in_call = False  # one that began inside the thought
         self._left = -1
         self._used = 0  # tokens of thought so far
         self._queue: list[int] = []  # what is being forced
-        self._last_text, self._missing = "", 0  # of the thought: its last token, bytes its last character lacks
+        # Of the thought: its beginning as far as it is the label, its last token, bytes its last character lacks.
+        self._head = "" if state == "label" else LABEL
+        self._last_text, self._missing = "", 0
         # An answer is owed where a grammar describes it.
         self._thinking = self._everything_but({*tokenizer.eos_token_ids, self._call, self._call_end})
         self._exhausted = self._everything_but({self._open})
@@ -167,7 +170,7 @@ class TurnGuide:
             if not self._thought and self._grammar is not None:
                 self._grammar.begin(self._left)
         elif token == self._open and not (self._grammar and self._answered):
-            self._thought, self._last_text, self._missing = True, "", 0
+            self._thought, self._head, self._last_text, self._missing = True, "", "", 0
         else:
             self._answered = True
             if self._grammar is not None:
@@ -179,15 +182,22 @@ class TurnGuide:
         over = -1 if self._budget is None else self._used - self._budget
         if over < 0 or self._in_call:
             return False
-        if over >= SENTENCE and not self._missing:
+        if over >= GRACE:
             return True
-        return over >= GRACE or self._last_text.rstrip(" ").endswith(("\n", ".", "!", "?"))
+        if self._in_label():
+            return False
+        return (over >= SENTENCE and not self._missing) or self._last_text.rstrip(" ").endswith(("\n", ".", "!", "?"))
+
+    def _in_label(self) -> bool:
+        return self._head != LABEL and LABEL.startswith(self._head)
 
     def _read(self, token: int) -> None:
         """Takes note of how the thought reads after this token."""
         byte = _BYTE.fullmatch(self._tokenizer.convert_ids_to_tokens(token) or "")
         if byte is None:
             self._last_text, self._missing = self._tokenizer.decode([token]), 0
+            if self._in_label():
+                self._head += self._last_text
             return
         value = int(byte[1], 16)
         self._last_text = chr(value) if value < 0x80 else ""

@@ -41,8 +41,8 @@ class GrammarGuide:
     """Keeps to a grammar, token by token; at its end only stop tokens may come.
 
     grammar: what `llguidance.LLMatcher.grammar_from_*` returns. ends: whether the answer is brought to an end before
-    its tokens run out. patterns: regular expressions that its texts must hold. Raises UsageError, in one line, for a grammar that does not compile, Gemma4Error when the answer
-    has left it, which only a foreign sampler can do.
+    its tokens run out. patterns: regular expressions that its texts must hold. Raises UsageError, in one line, for a
+    grammar that does not compile, Gemma4Error when the answer has left it, which only a foreign sampler can do.
     """
 
     def __init__(self, tokenizer: Tokenizer, grammar: str, ends: bool = True, patterns: Sequence[str] = ()):
@@ -108,6 +108,8 @@ class GrammarGuide:
             self._over = True
             return token
         if not self._matcher.consume_token(token):
+            if self._words[token // 32] >> (token % 32) & 1:
+                raise Gemma4Error(f"the response format became too complex: {_line(self._matcher.get_error())}")
             raise Gemma4Error(f"token {token} is not of the response format; its sampler ignored the mask")
         if self._left > 0:
             token = self._kept(token)
@@ -123,6 +125,7 @@ class GrammarGuide:
         new = self._way_after(token)
         if way is not None and (new is None or len(new) > self._left) and len(way) <= self._left + 1:
             self._matcher.rollback(1)
+            way = self._shorter(way)
             if not way:  # it may stop here
                 self._over = True
                 return self._stops[0]
@@ -134,8 +137,15 @@ class GrammarGuide:
         elif self._look_at > WATCH and len(new) < self._left // 2:  # far from the limit
             self._look_at //= 2
             new = None
+        if new and len(new) >= self._left:  # about to be taken
+            new = self._shorter(new)
         self._way = new
         return token
+
+    def _shorter(self, way: list[int]) -> list[int]:
+        """A way from here, which may be better than one that was found earlier and still holds."""
+        found = self._find()
+        return way if found is None or len(found) > len(way) else found
 
     def _way_after(self, token: int) -> list[int] | None:
         if self._way:

@@ -208,9 +208,12 @@ def test_save_and_load(session: Said, tmp_path: Path):
     list(session.chat.stream("hello"))
     session.run(f"/save {tmp_path}/a talk")
     file = tmp_path / "a talk.safetensors"
-    assert session.file == str(file) and f"gemma4 chat --resume {file} goes on" in session.lines[0]
+    assert session.file == str(file) and f"gemma4 chat --resume '{file}' goes on" in session.lines[0]
     list(session.chat.stream("more"))
     session.run("/save")  # to the same file
+    (tmp_path / "other.safetensors").touch()
+    with pytest.raises(UsageError, match="is there already"):
+        session.run(f"/save {tmp_path}/other")
     session.run("/clear")
     session.run(f'/load "{file}"')
     assert [m["content"] for m in session.chat.messages if m["role"] == "user"] == ["hello", "more"]

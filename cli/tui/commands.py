@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, get_args, get_type_hints
@@ -245,9 +246,12 @@ def _save(session: Session, argument: str) -> None:
         raise UsageError("/save takes a file, for example /save ~/talk.safetensors")
     file = Path(path).expanduser()
     file = file if file.suffix else file.with_suffix(".safetensors")
+    if file.exists() and str(file) != session.file:
+        raise UsageError(f"{file} is there already; choose another name, or delete it first")
     session.chat.save(file)
     session.file = str(file)
-    session.say(f"saved to {file}, {status.size(file.stat().st_size)}; gemma4 chat --resume {file} goes on")
+    again = f"gemma4 chat --resume {shlex.quote(str(file))}"
+    session.say(f"saved to {file}, {status.size(file.stat().st_size)}; {again} goes on")
 
 
 def _load(session: Session, argument: str) -> None:

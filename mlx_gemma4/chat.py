@@ -34,7 +34,7 @@ from .reuse import PromptMemory, common_prefix
 from .sampling import Sampler, Sampling
 from .senses import Senses
 from .tokenizer import Tokenizer
-from .tool_calls import as_call, call_message, numbered, result_message
+from .tool_calls import as_call, call_message, numbered, result_message, unanswered
 from .tools import declarations
 from .turns import TurnParser
 
@@ -72,16 +72,15 @@ class Chat:
                 case Done(stats): ...
 
     system: the system prompt, or None. thinking: whether, or how long, the model thinks before each answer: False,
-    True, "low", "medium", "high" or a number of tokens (`guides.thinking_budget`).
-    sampling: None takes the checkpoint's own settings (generation_config.json).
-    tools: what the model may call: functions, JSON declarations or `tools.Tool`s.
-    kv_bits, kv_key_bits, kv_value_bits, kv_bits_sliding, kv_mode: how the cache keeps what it remembers, for
-    `model.make_cache`; None is the model's own. `set_kv` changes them. snapshot_bytes: what ways back may take beside
-    it, see `reuse.py`.
-    media: how pictures, sound and video become tokens; None leaves it to the model, which must be loaded with its
-    towers. features: what the towers made is kept there; None makes a store of this chat's own.
-    on_full: when the conversation no longer fits: "stop" raises ContextError, "drop" leaves out the oldest turns,
-    "summarize" has the model sum them up first. loop_guard: stops an answer that repeats itself without end.
+    True, "low", "medium", "high" or a number of tokens (`guides.thinking_budget`). sampling: None takes the
+    checkpoint's own settings (generation_config.json). tools: what the model may call: functions, JSON declarations
+    or `tools.Tool`s. kv_bits, kv_key_bits, kv_value_bits, kv_bits_sliding, kv_mode: how the cache keeps what it
+    remembers, for `model.make_cache`; None is the model's own. `set_kv` changes them. snapshot_bytes: what ways back
+    may take beside it, see `reuse.py`. media: how pictures, sound and video become tokens; None leaves it to the
+    model, which must be loaded with its towers. features: what the towers made is kept there; None makes a store of
+    this chat's own. on_full: when the conversation no longer fits: "stop" raises ContextError, "drop" leaves out the
+    oldest turns, "summarize" has the model sum them up first. loop_guard: stops an answer that repeats itself without
+    end.
 
     `thinking`, `sampling`, `tools`, `on_full` and `senses.settings` may be assigned between turns. `messages` holds the
     "user", "assistant" and "tool" messages in the template's form; an assistant's thought is under "reasoning_content",
@@ -165,13 +164,12 @@ class Chat:
         source cannot be read, UsageError when the model cannot take it or another turn is running, TokenizerError when
         there is no template, and whatever the model runs into.
         """
-        yield from self._locked(
-            lambda: [{"role": "user", "content": self.senses.load(message, images, audio, videos)}],
-            thinking,
-            tools,
-            response_format,
-            progress,
-        )
+
+        def load() -> list[Message]:
+            content = self.senses.load(message, images, audio, videos)
+            return [*unanswered(self.messages), {"role": "user", "content": content}]
+
+        yield from self._locked(load, thinking, tools, response_format, progress)
 
     def stream_results(
         self,
@@ -191,7 +189,8 @@ class Chat:
 
         def load() -> list[Message]:
             told = [result_message(as_call(call), result) for call, result in results]
-            return [m | {"content": self._loaded(m["content"])} for m in told]
+            load = self.senses.load  # results may hold pictures, too
+            return [m | {"content": load(m["content"])} if isinstance(m["content"], list) else m for m in told]
 
         yield from self._locked(load, thinking, tools, response_format, progress)
 
@@ -346,6 +345,8 @@ class Chat:
         guard = RepetitionGuard() if self.loop_guard else None
         calls = itertools.count(sum(len(m.get("tool_calls", ())) for m in self.messages))
         said: list[Any] = []
+        # Where no tool was declared, what looks like a broken call was none.
+        meant = ToolCall | Malformed if request.tools else ToolCall
         count, thought, reason = 0, 0, "cancelled"
         prompt_seconds = generation_seconds = 0.0
 
@@ -389,13 +390,13 @@ class Chat:
                     if reason != "cancelled":
                         events += numbered(parser.finish(), calls)
                     said += events
-                    if reason == "stop" and any(isinstance(e, ToolCall | Malformed) for e in said):
+                    if reason == "stop" and any(isinstance(e, meant) for e in said):
                         reason = "tool_calls"
                     yield from events
                     if reason != "cancelled":
                         break
         finally:
-            self._remember(before, said, finished=reason != "cancelled")
+            self._remember(before, said, meant, finished=reason != "cancelled")
         self.stats = Stats(
             prompt_tokens=len(prompt),
             cached_tokens=cached,
@@ -430,11 +431,15 @@ class Chat:
         most = limit - min(ROOM, limit // 4)
         if not self.messages:
             raise ContextError("the message alone does not fit into the context; send a shorter one")
-        shortened = self._shorten(self.on_full, lambda kept: len(prompt_of(kept)) <= most)
+        shortened = self._shorten(self.on_full, lambda kept: len(prompt_of(kept)) <= most, new)
         return prompt_of(self.messages), shortened
 
-    def _shorten(self, how: str, fits: Callable[[Sequence[Message]], bool]) -> Shortened:
-        kept = room.drop_oldest([*self.messages], fits)
+    def _shorten(
+        self, how: str, fits: Callable[[Sequence[Message]], bool], new: list[Message] | None = None
+    ) -> Shortened:
+        """new: the messages about to be sent, of which the first is told the summary when nothing else is left."""
+        goes_on = bool(new) and new[0]["role"] == "user"
+        kept = room.drop_oldest([*self.messages], fits, all_may_go=goes_on)
         gone, summary = self.messages[: len(self.messages) - len(kept)], None
         if how == "summarize":
             limit = self.context_limit or 4096
@@ -446,7 +451,8 @@ class Chat:
                 summary = helper.send(f"{told}\n\n{room.SUMMARIZE}")
             finally:
                 self._helper = None
-            kept = room.with_summary(kept, summary)
+            told_in = kept or new or []
+            told_in[:1] = room.with_summary(told_in[:1], summary)
         self.messages[:] = kept
         return Shortened(len(gone), summary)
 
@@ -474,16 +480,12 @@ class Chat:
             return None
         return TurnGuide(self._tokenizer, prompt.ids, request.thinks, request.budget, grammar)
 
-    def _loaded(self, content: Any) -> Any:
-        """A result's content, with the pictures and sounds in it read."""
-        return self.senses.load(content) if isinstance(content, list) else content
-
-    def _remember(self, before: int, said: list[Any], finished: bool) -> None:
+    def _remember(self, before: int, said: list[Any], meant: Any, finished: bool) -> None:
         """Puts what was said into the history, or takes the new messages back when there is nothing."""
         if not finished and not said:
             del self.messages[before:]
             return
-        calls = [as_call(e) for e in said if isinstance(e, ToolCall | Malformed)]
+        calls = [as_call(e) for e in said if isinstance(e, meant)]
         text = "".join(e.text for e in said if isinstance(e, Text))
         thought = "".join(e.text for e in said if isinstance(e, Thought))
         self.messages.append(call_message(calls, text, thought))

@@ -21,13 +21,16 @@ SUMMARIZE = (
 _KEPT = "(Earlier in this conversation: {})\n\n"
 
 
-def drop_oldest(messages: Sequence[Message], fits: Callable[[Sequence[Message]], bool]) -> list[Message]:
-    """The longest end of `messages` that fits, beginning with a user's message.
+def drop_oldest(
+    messages: Sequence[Message], fits: Callable[[Sequence[Message]], bool], all_may_go: bool = False
+) -> list[Message]:
+    """The longest end of `messages` that fits, beginning with a user's message; empty if `all_may_go` and it must.
 
-    Raises ContextError when not even the last user's message and what follows it fit.
+    Raises ContextError when not even the least that must stay fits.
     """
     starts = [i for i, m in enumerate(messages) if m["role"] == "user"]
-    for start in starts[1:] if starts[:1] == [0] else starts:
+    starts = starts[1:] if starts[:1] == [0] else starts
+    for start in [*starts, len(messages)] if all_may_go else starts:
         if fits(messages[start:]):
             return list(messages[start:])
     raise ContextError("the last message alone does not fit into the context; send a shorter one")

@@ -61,6 +61,15 @@ def _content(name: str, result: Any) -> Any:
         raise UsageError(f"the result of {name} is no JSON value ({e}); return text, numbers, lists or dicts") from None
 
 
+def unanswered(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Results that say there is none, for the calls a conversation ends with: the template would leave them open."""
+    calls = messages[-1].get("tool_calls", ()) if messages and messages[-1].get("role") == "assistant" else ()
+    return [
+        result_message(ToolCall(call["function"]["name"], {}, "", call.get("id", "")), "no result: the user went on")
+        for call in calls
+    ]
+
+
 def as_call(event: ToolCall | Malformed) -> ToolCall:
     """For the history: what cannot be read was a call without arguments, of the tool whose name it begins with."""
     if isinstance(event, ToolCall):

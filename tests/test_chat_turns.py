@@ -183,3 +183,21 @@ def test_what_a_tool_returns_cannot_begin_a_turn(tokenizer):
     ids = chat._prompt(chat.messages, False, ()).ids
     turns = [i for i in ids if i == tokenizer.token_id("<|turn>")]
     assert len(turns) == 2 + 1 and ids.count(tokenizer.token_id("<tool_response|>")) == 1  # user, model, model
+
+
+def test_a_call_nobody_answered_is_closed_by_the_next_message(tokenizer):
+    call = '<|tool_call>call:look{what:<|"|>x<|"|>}<tool_call|>'
+    chat = talk(tokenizer, [call, "as you like"], CallingModel, tools=[TOOL])
+    assert of(chat.stream("go"), ToolCall)
+    assert chat.send("never mind") == "as you like"
+    assert [m["role"] for m in chat.messages] == ["user", "assistant", "tool", "user", "assistant"]
+
+
+@pytest.mark.parametrize("how", ["drop", "summarize"])
+def test_the_only_turn_may_go_for_the_next_message(tokenizer, how):
+    chat = talk(tokenizer, ["short"] * 9, context=400, on_full=how)
+    chat.send("x" * 250)
+    (made,) = of(chat.stream("y" * 200), Shortened)
+    assert made.messages == 2 and len(chat.messages) == 2
+    assert chat.messages[0]["content"].endswith("y" * 200)
+    assert chat.messages[0]["content"].startswith("(Earlier" if how == "summarize" else "y")

@@ -6,6 +6,7 @@ failure means that the graph, the cache, the tokenizer or the weights changed.
 
 import importlib
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -320,3 +321,74 @@ def test_wordings_of_the_media_test_are_not_trained(drawn):
         for trained, kept in split:
             if "detect" not in trained[0]:  # what `gemma4 detect` sends has one wording
                 assert not set(trained) & set(kept)
+
+
+@pytest.fixture(scope="module")
+def grown(world, tmp_path_factory):
+    """The shipped tokenizer with the marks and words of media, as the training with towers makes it."""
+    folder = tmp_path_factory.mktemp("grown")
+    importlib.import_module("grow").main(demo.path(), folder)
+    shutil.copy(TRAINING / "template_media.jinja", folder / "chat_template.jinja")
+    return Tokenizer.from_folder(folder)
+
+
+def test_growing_leaves_the_tokens_of_texts(tokenizer, grown, world):
+    import random
+
+    def encode(text):
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    rng = random.Random(16)
+    for _ in range(200):
+        for text, _ in world.segments(world.draw(rng, encode, 200)):
+            assert grown.encode(text, add_special_tokens=False) == encode(text)
+    box = '[{"box_2d": [45, 120, 300, 410], "label": "red circle"}]'
+    ids = grown.encode(box, add_special_tokens=False)
+    assert grown.decode(ids) == box and len(ids) < 30 < len(encode(box))
+
+
+def test_media_are_trained_as_the_runtime_sends_them(grown, drawn):
+    import random
+
+    from mlx_gemma4.media.items import Item
+    from mlx_gemma4.media.prompt import Marks, expand
+
+    media, clips, seeing = importlib.import_module("media"), drawn["clips"], drawn["seeing"]
+    ids = importlib.import_module("grow").MARKS
+    marks = Marks(
+        image=ids["<|image|>"], audio=ids["<|audio|>"], video=ids["<|video|>"],
+        boi=ids["<|image>"], eoi=ids["<image|>"], boa=ids["<|audio>"], eoa=ids["<audio|>"],
+    )  # fmt: skip
+    rng = random.Random(17)
+    scene, clip = drawn["pictures"].draw(rng), clips.draw(rng, 3, loud=True)
+    sound = drawn["sounds"].draw(rng)
+    for items, asked in (
+        ([media.picture_item(scene, 70)], seeing.questions(rng, scene, False)),
+        ([media.sound_item(sound)], drawn["hearing"].questions(rng, sound, False)),
+        (media.clip_items(clip), seeing.watched(rng, clip, False)),
+    ):
+        row = media.Row()
+        media.add(row, media.dialog(items, asked), lambda t: grown.encode(t, add_special_tokens=False))
+        messages = [user([{"type": item.kind} for item in items] + [{"type": "text", "text": asked[0][1]}])]
+        messages += [{"role": "assistant", "content": asked[0][2]}]
+        for _, question, answer in asked[1:]:
+            messages += [user(question), {"role": "assistant", "content": answer}]
+        text = grown.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+        given = [
+            Item(item.kind, "", tuple(Heard(len(p)) if item.kind == "audio" else p for p in item.parts), item.stamps)
+            for item in items
+        ]
+        prompt = expand(text, given, grown, marks)
+        assert prompt.ids == row.ids
+        assert [(run.start, run.part.tokens) for run in prompt.runs] == [
+            (at, media.tokens_of(item.parts[i])) for at, item, i in row.runs
+        ]
+
+
+class Heard:
+    """Stands for a clip of so many mel frames."""
+
+    def __init__(self, frames):
+        import numpy as np
+
+        self.mel, self.tokens = np.zeros((frames, 128), np.float32), -(-frames // 4)

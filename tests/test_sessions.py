@@ -186,7 +186,7 @@ class CallingModel(ScriptedModel):
     def _next(self, ids):
         results, opened = self.tokenizer.token_id("<tool_response|>"), self.tokenizer.encode("<|turn>model\n", False)
         count = ids.count(results)
-        begin = len(ids) - ids[::-1].index(results) if count else _after(ids, opened)
+        begin = max(len(ids) - ids[::-1].index(results) if count else 0, _after(ids, opened))
         reply = [*self.tokenizer.encode(self.replies[count], False), 50 if "call:" in self.replies[count] else 106]
         # The prompt may have opened the thought, or closed an empty one, already.
         said = ids[begin:]
@@ -196,7 +196,7 @@ class CallingModel(ScriptedModel):
 
 
 def _after(ids, part):
-    return next((i + len(part) for i in reversed(range(len(ids))) if ids[i : i + len(part)] == part), len(ids))
+    return next((i + len(part) for i in reversed(range(len(ids))) if ids[i : i + len(part)] == part), 0)
 
 
 @pytest.mark.parametrize("family", TEMPLATES)

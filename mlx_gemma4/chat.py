@@ -44,8 +44,6 @@ Message = dict[str, Any]
 # A system prompt of so many tokens gets a way back of its own: it outlives edits, /clear and forks.
 LONG_HEAD = 64
 THINKING = ("label", "thought")  # states of the parser
-# What a conversation that was shortened leaves free for the answer, at most; less in small contexts.
-ROOM = 1024
 
 
 @dataclass(frozen=True)
@@ -428,7 +426,7 @@ class Chat:
         if limit is None or self.on_full == "stop" or len(prompt) <= limit - 1:
             token_budget(self._model, None, len(prompt))
             return prompt, None
-        most = limit - min(ROOM, limit // 4)
+        most = limit - min(room.ROOM, limit // 4)
         if not self.messages:
             raise ContextError("the message alone does not fit into the context; send a shorter one")
         shortened = self._shorten(self.on_full, lambda kept: len(prompt_of(kept)) <= most, new)

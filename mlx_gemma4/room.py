@@ -14,6 +14,9 @@ Message = dict[str, Any]
 OnFull = Literal["stop", "drop", "summarize"]
 ON_FULL: tuple[OnFull, ...] = ("stop", "drop", "summarize")
 
+# What a conversation that was shortened leaves free for the answer, at most; less in small contexts.
+ROOM = 1024
+
 SUMMARIZE = (
     "Summarize our conversation so far for yourself. Keep names, numbers, decisions and open questions; leave out "
     "greetings. At most 200 words, no preamble."

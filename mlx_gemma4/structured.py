@@ -137,7 +137,7 @@ class GrammarGuide:
         elif self._look_at > WATCH and len(new) < self._left // 2:  # far from the limit
             self._look_at //= 2
             new = None
-        if new and len(new) >= self._left:  # about to be taken
+        if new and new is way and len(new) >= self._left:  # about to be taken
             new = self._shorter(new)
         self._way = new
         return token

@@ -53,7 +53,7 @@ def tokenizer(vocabulary, request):
 @pytest.fixture(scope="module", params=["e2b", "26b-a4b"])
 def random_model(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp(request.param)
-    make_tiny(folder, request.param)
+    make_tiny(folder, request.param, layer_types=["sliding_attention", "full_attention"], num_kv_shared_layers=0)
     return load(str(folder), dtype="float32")[0]
 
 

@@ -253,7 +253,8 @@ def test_a_disk_that_fills_up_on_the_way(hub, get, tmp_path):
 
 
 def test_progress_goes_up_to_the_whole(hub, get):
-    done = get(prelude="seen = []", arguments="dict(progress=lambda d, t: print(d, t, file=sys.stderr))")
+    # One write per line: several threads report.
+    done = get(arguments="dict(progress=lambda d, t: sys.stderr.write(f'{d} {t}\\n'))")
     folder(done)
     seen = [tuple(map(int, line.split())) for line in done.stderr.splitlines()]
     total = len(WEIGHTS) + sum(map(len, SMALL.values()))

@@ -42,7 +42,7 @@ LOOK = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
-    make_tiny(folder)
+    make_tiny(folder, layer_types=["sliding_attention", "full_attention"], num_kv_shared_layers=0)
     return load(str(folder), dtype="float32")[0], (folder / "tokenizer.json").read_text()
 
 

@@ -113,9 +113,6 @@ class PromptMemory:
         while len(self.marks) > 1 and self.mark_bytes > self.max_bytes:
             self.marks.remove(min(self.marks[:-1], key=lambda m: m.used))
 
-    def is_marked(self, length: int) -> bool:
-        return any(m.length == length for m in self.marks)
-
     def settle(self, cache: list[Any], ids: Sequence[int], marks: Sequence[tuple[int, list[kv.Snapshot]]]) -> None:
         """Takes over a cache that holds `ids`, with (length, snapshots) of ways back."""
         self.forget()

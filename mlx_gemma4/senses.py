@@ -12,6 +12,7 @@ from .media.images import DEFAULT_BUDGET, TOKEN_BUDGETS
 from .media.items import Item, MediaSettings, load_items
 from .media.prompt import Marks, Prompt, expand
 from .tokenizer import Tokenizer
+from .tool_calls import decode_arguments
 
 if TYPE_CHECKING:
     from .media.store import FeatureStore
@@ -133,5 +134,6 @@ def media_prompt(
     Raises MediaError, UsageError, TokenizerError.
     """
     senses = Senses(model, tokenizer, settings)
-    loaded = [m | {"content": senses.load(m["content"])} if m.get("content") else m for m in messages]
+    told = decode_arguments(messages)  # OpenAI's calls have theirs as text
+    loaded = [m | {"content": senses.load(m["content"])} if m.get("content") else m for m in told]
     return senses.prompt(loaded, thinking, tools)

@@ -2,6 +2,7 @@
 
     python -m benchmarks.quantization [--checkpoint demo] [--rows 2] [--length 256] [--csv results.csv]
     python -m benchmarks.quantization --checkpoint moe --length 64 --at default-4bit --csv results.csv
+    python -m benchmarks.quantization --checkpoint dense --length 64 --fixed --csv results.csv
 
 Owns the comparison. Each side is a choice of packing per matrix: the peers' from their own predicates, ours from a
 recipe or from a calibration held to the bytes of the peer's result. Every choice is applied to the same float32 graph,
@@ -16,7 +17,7 @@ import json
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ Packings = Mapping[str, recipe.Packing | None]
 # Text to compare on: token ids and, per position, whether its prediction counts.
 Data = list[tuple[list[int], np.ndarray]]
 PEERS = ("default-4bit", "mixed_3_4", "mixed_3_6", "mixed_4_6")
-OURS = ("3bit", "4bit", "mixed-3-6", "mixed-4-6")
+OURS = ("3bit", "4bit", "mixed-3-4", "mixed-3-5", "mixed-3-6", "mixed-4-5", "mixed-4-6")
 
 
 def predicates(model: Any) -> dict[str, Callable[[str, Any], Any]]:
@@ -72,6 +73,12 @@ def packings_of(model: Any, predicate: Callable[[str, Any], Any]) -> dict[str, r
             chosen = {"group_size": 64, "bits": 4}
         out[path] = recipe.Packing(chosen["group_size"], chosen["bits"]) if chosen else None
     return out
+
+
+def packings_by(chosen: recipe.Recipe, stream: LayerStream, config: Gemma4Config, paths: Iterable[str]) -> Packings:
+    """What a recipe makes of these matrices."""
+    found = {path: chosen.choose(path, config.text) for path in paths}
+    return {path: packing and packing.fitted(stream.item(path).columns) for path, packing in found.items()}
 
 
 def nbytes(stream: LayerStream, packings: Packings) -> int:
@@ -162,11 +169,12 @@ def table(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     stream = LayerStream(Folder(folder), config)
     plain = load_model(folder, dtype="float32")
     truth = distributions(plain, data)
-    parameters = sum(
-        stream.item(p).rows * stream.item(p).columns for p, _ in packings_of(plain, lambda *_: None).items()
-    )
-    with tempfile.TemporaryDirectory() as work:
-        options = measure(stream, tokens, Scratch(Path(work)))
+    paths = packings_of(plain, lambda *_: None)
+    parameters = sum(stream.item(p).rows * stream.item(p).columns for p in paths)
+    options: Mapping[str, Any] = {}
+    if not args.fixed:
+        with tempfile.TemporaryDirectory() as work:
+            options = measure(stream, tokens, Scratch(Path(work)))
     out: list[dict[str, Any]] = []
 
     def add(name: str, packings: Packings, files: list[Path], like: str = "") -> int:
@@ -178,11 +186,10 @@ def table(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         return size
 
     for name in OURS:
-        chosen = recipe.load(name)
-        add(f"recipe {name}", {path: chosen.choose(path, config.text) for path in options}, [])
+        add(f"recipe {name}", packings_by(recipe.load(name), stream, config, paths), [])
     for name, predicate in predicates(plain).items():
         size = add(name, packings_of(plain, predicate), [])
-        if args.at and not any(at in name for at in args.at):
+        if args.fixed or (args.at and not any(at in name for at in args.at)):
             continue
         packings = {path: option.packing for path, option in choose(options, size).items()}
         add("calibrated bits", packings, [], name)
@@ -201,6 +208,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--questions", type=int, default=6, help="of each kind to compare the demo on")
     parser.add_argument("--at", nargs="*", help="calibrate at these peers' sizes only: part of a name")
+    parser.add_argument("--fixed", action="store_true", help="no calibration: our recipes and the peers' only")
     parser.add_argument("--csv", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

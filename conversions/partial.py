@@ -9,7 +9,6 @@ shards are flushed now and then, and a line `flushed` follows; of what came afte
 conversion is taken up.
 """
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -20,9 +19,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mlx_gemma4.conversions.hub_progress import size
+from mlx_gemma4.conversions.disk import refused
 from mlx_gemma4.conversions.plan import Item, Plan, Stored
-from mlx_gemma4.errors import DoesNotFitError, Gemma4Error, UsageError, WeightsError
+from mlx_gemma4.errors import UsageError, WeightsError
 
 JOURNAL = "journal.jsonl"
 # Bytes between two flushes; also what a loss of power can cost.
@@ -50,7 +49,7 @@ class Partial:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._journal = os.open(self.folder / JOURNAL, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as e:
-            raise _cannot_write(self.folder, e) from None
+            raise refused(self.folder, e) from None
         try:
             try:
                 fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -61,7 +60,7 @@ class Partial:
             self._check_unflushed()
         except OSError as e:
             self.close()
-            raise self._failed(e) from None
+            raise refused(self.folder, e) from None
         except BaseException:
             self.close()
             raise
@@ -132,33 +131,30 @@ class Partial:
         try:
             self._pwrite(self._shards[place.shard], memoryview(data), place.begin + offset)
         except OSError as e:
-            raise self._failed(e) from None
+            raise refused(self.folder, e) from None
         self._unflushed += data.nbytes
 
     def finish(self, index: int, checksums: list[int]) -> None:
         """An item is written."""
-        try:
-            self._append({"item": index, "crc": checksums})
-            self.done[index] = checksums
-            if self._unflushed >= FLUSH:
-                self.flush()
-        except OSError as e:
-            raise self._failed(e) from None
+        self._append({"item": index, "crc": checksums})
+        self.done[index] = checksums
+        if self._unflushed >= FLUSH:
+            self.flush()
 
     def note_fetched(self, file: str) -> None:
         """A source file was downloaded by this conversion, which may therefore remove it."""
         self.fetched.add(file)
-        try:
-            self._append({"fetched": file})
-        except OSError as e:
-            raise self._failed(e) from None
+        self._append({"fetched": file})
 
     def flush(self) -> None:
-        """Everything written so far survives a loss of power."""
-        for handle in self._shards:
-            os.fsync(handle)
-        self._append({"flushed": len(self.done)})
-        os.fsync(self._journal)
+        """Everything written so far survives a loss of power. Raises DoesNotFitError: some disks say so only now."""
+        try:
+            for handle in self._shards:
+                os.fsync(handle)
+            self._append({"flushed": len(self.done)})
+            os.fsync(self._journal)
+        except OSError as e:
+            raise refused(self.folder, e) from None
         self._unflushed = 0
 
     @property
@@ -202,9 +198,12 @@ class Partial:
     def add(self, name: str, content: bytes) -> None:
         """A small file of the result."""
         try:
-            (self.folder / name).write_bytes(content)
+            with (self.folder / name).open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as e:
-            raise self._failed(e) from None
+            raise refused(self.folder, e) from None
 
     def rename(self, force: bool) -> None:
         """Gives the folder its name; with `force`, what had that name is removed afterwards. Raises UsageError."""
@@ -225,7 +224,7 @@ class Partial:
                 os.fsync(handle)
             os.close(handle)
         except OSError as e:
-            raise _cannot_write(self.target, e) from None
+            raise refused(self.target, e) from None
 
     def close(self) -> None:
         for handle in (*self._shards, self._journal):
@@ -234,8 +233,11 @@ class Partial:
         self._shards = []
 
     def _append(self, record: dict[str, Any]) -> None:
-        os.lseek(self._journal, 0, os.SEEK_END)
-        self._write_all(self._journal, json.dumps(record).encode() + b"\n")
+        try:
+            os.lseek(self._journal, 0, os.SEEK_END)
+            self._write_all(self._journal, json.dumps(record).encode() + b"\n")
+        except OSError as e:
+            raise refused(self.folder, e) from None
 
     @staticmethod
     def _write_all(handle: int, data: bytes) -> None:
@@ -247,15 +249,6 @@ class Partial:
         while view:
             count = os.pwrite(handle, view[:_CHUNK], offset)
             view, offset = view[count:], offset + count
-
-    def _failed(self, error: OSError) -> Gemma4Error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            free = shutil.disk_usage(self.folder).free
-            return DoesNotFitError(
-                f"the disk filled up while writing {self.folder} ({size(free)} free); make room and run the same "
-                "command again: it goes on where it stopped"
-            )
-        return _cannot_write(self.folder, error)
 
 
 class ItemWriter:
@@ -295,7 +288,3 @@ def check_target(target: Path, force: bool) -> None:
     models = target.is_dir() and not target.is_symlink() and (target / "config.json").is_file()
     if not models:
         raise UsageError(f"{target} is no model folder, so --force does not replace it; remove it yourself")
-
-
-def _cannot_write(path: Path, error: OSError) -> Gemma4Error:
-    return Gemma4Error(f"cannot write {path} ({error.strerror}); choose a folder you may write to")

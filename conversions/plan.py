@@ -348,6 +348,8 @@ def _packed_source(
 
 def _packed(item: Item, packable: set[str], choose: Chooser, dtype: str | None) -> Item:
     packing = choose(item.path) if item.path in packable else None
+    if packing is not None:
+        packing = packing.fitted(item.columns)
     if packing is not None and item.path.endswith("router.proj") and item.columns % packing.group_size:
         # The router's rule is ours, not the user's, and small models have narrow streams.
         packing = Packing(32, packing.bits) if item.columns % 32 == 0 else None

@@ -6,7 +6,7 @@ numbers to MLX.
 
     description = "one line for the model card"
     bits = 4                        # 2, 3, 4, 5, 6, 8; 16 leaves a matrix as it is
-    group_size = 64                 # values that share a scale: 32, 64, 128
+    group_size = 64                 # values that share a scale: 32, 64, 128; of [128, 64] the first that divides a row
     mode = "affine"                 # or mxfp4, nvfp4, mxfp8, which have one size each
 
     [[rules]]                       # the last rule that matches a matrix decides; what it leaves out is inherited
@@ -22,7 +22,7 @@ k_proj of a layer whose key is its value matches as `self_attn.v_proj`, because 
 import fnmatch
 import re
 import tomllib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,8 @@ class Packing:
     group_size: int
     bits: int
     mode: str = "affine"
+    # Group sizes a recipe allows where the first does not divide a matrix's columns; what is stored has one.
+    others: tuple[int, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -60,8 +62,14 @@ class Packing:
             return
         if self.bits not in AFFINE_BITS:
             raise UsageError(f"bits {self.bits}: allowed are {', '.join(map(str, AFFINE_BITS))} and {PLAIN}")
-        if self.group_size not in AFFINE_GROUPS:
-            raise UsageError(f"group size {self.group_size}: allowed are {', '.join(map(str, AFFINE_GROUPS))}")
+        for group in (self.group_size, *self.others):
+            if group not in AFFINE_GROUPS:
+                raise UsageError(f"group size {group}: allowed are {', '.join(map(str, AFFINE_GROUPS))}")
+
+    def fitted(self, columns: int) -> "Packing":
+        """With the first of its group sizes that divides `columns`; where none does, with the first."""
+        group = next((g for g in (self.group_size, *self.others) if columns % g == 0), self.group_size)
+        return Packing(group, self.bits, self.mode)
 
     def as_dict(self) -> dict[str, Any]:
         """As config.json has it."""
@@ -111,7 +119,8 @@ class Recipe:
         short = found[2] if found else path.removeprefix("language_model.").removeprefix("model.")
         if layer is not None and short == "self_attn.k_proj" and text.k_is_v(layer):
             short = "self_attn.v_proj"
-        settings = base = self.default.as_dict()
+        base: dict[str, Any] = self.default.as_dict() | {"group_size": [self.default.group_size, *self.default.others]}
+        settings = base
         for rule in self.rules:
             if rule.applies(short, layer, text.num_hidden_layers):
                 settings = base | rule.settings
@@ -121,7 +130,7 @@ class Recipe:
             return None
         if self.group_size is not None and settings["mode"] == "affine":
             settings["group_size"] = self.group_size
-        return Packing(**settings)
+        return _packing(settings)
 
 
 def uniform(bits: int, group_size: int = 64, mode: str = "affine") -> Recipe:
@@ -198,7 +207,8 @@ def parse(text: str, name: str, where: str | None = None) -> Recipe:
     _only(raw, {"description": str, "bits": int, "group_size": int, "mode": str, "q4_0": bool, "rules": list}, where)
     if "bits" not in raw:
         raise UsageError(f"{where} does not say how many bits; write e.g. bits = 4 in its first lines")
-    base = {"group_size": 64, "mode": "affine"} | {k: raw[k] for k in ("bits", "group_size", "mode") if k in raw}
+    base: dict[str, Any] = {"group_size": 64, "mode": "affine"}
+    base |= {k: raw[k] for k in ("bits", "group_size", "mode") if k in raw}
     rules = []
     for i, entry in enumerate(raw.get("rules", [])):
         at = f"{where}, rule {i + 1}"
@@ -219,17 +229,27 @@ def parse(text: str, name: str, where: str | None = None) -> Recipe:
     try:
         for settings in (base | rule.settings for rule in rules):
             if settings["bits"] != PLAIN:
-                Packing(**settings)
-        return Recipe(name, Packing(**base), tuple(rules), raw.get("description", ""), raw.get("q4_0", False))
+                _packing(settings)
+        return Recipe(name, _packing(base), tuple(rules), raw.get("description", ""), raw.get("q4_0", False))
     except UsageError as e:
         raise UsageError(f"{where}: {e}") from None
+
+
+def _packing(settings: dict[str, Any]) -> Packing:
+    """From a recipe's words. Raises UsageError."""
+    groups = settings["group_size"]
+    if isinstance(groups, list):
+        if not groups or not all(type(g) is int for g in groups) or (len(groups) > 1 and settings["mode"] != "affine"):
+            raise UsageError(f"group size {groups}: affine packing may have several, as in [128, 64]")
+        settings = settings | {"group_size": groups[0], "others": tuple(groups[1:])}
+    return Packing(**settings)
 
 
 def _only(raw: dict[str, Any], kinds: dict[str, type], where: str) -> None:
     for key, value in raw.items():
         if key not in kinds:
             raise UsageError(f"{where} has an unknown key {key!r}; known are {', '.join(kinds)}")
-        wanted = (int, float) if kinds[key] is float else kinds[key]
+        wanted = {float: (int, float), int: (int, list) if key == "group_size" else int}.get(kinds[key], kinds[key])
         if not isinstance(value, wanted) or (isinstance(value, bool) and kinds[key] is not bool):
             raise UsageError(f"{where}: {key} is {value!r}, which is no {kinds[key].__name__}")
 

@@ -5,7 +5,6 @@ with its checksum in the journal. A process killed at any moment loses the file 
 `sensitivity.py` and `compensate.py`.
 """
 
-import errno
 import fcntl
 import hashlib
 import json
@@ -21,8 +20,8 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
-from mlx_gemma4.conversions.hub_progress import size
-from mlx_gemma4.errors import DoesNotFitError, Gemma4Error, UsageError, WeightsError
+from mlx_gemma4.conversions.disk import refused
+from mlx_gemma4.errors import UsageError, WeightsError
 
 JOURNAL = "journal.jsonl"
 _CHUNK = 8 << 20
@@ -56,7 +55,7 @@ class Scratch:
                 raise UsageError(f"another calibration is at work in {folder}; wait for it, or end it") from None
             self._take_up(hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest())
         except OSError as e:
-            raise self._failed(e) from None
+            raise refused(self.folder, e) from None
 
     def _take_up(self, digest: str) -> None:
         text = os.pread(self._journal, os.fstat(self._journal).st_size, 0)
@@ -130,7 +129,7 @@ class Scratch:
                     file.write(data)
             half.rename(self.path(name))
         except OSError as e:
-            raise self._failed(e) from None
+            raise refused(self.folder, e) from None
         self._sums[name] = crc
         self._checked.add(name)
         self._append({"file": name, "crc": crc})
@@ -161,15 +160,7 @@ class Scratch:
             while data:
                 data = data[os.write(self._journal, data) :]
         except OSError as e:
-            raise self._failed(e) from None
-
-    def _failed(self, error: OSError) -> Gemma4Error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return DoesNotFitError(
-                f"the disk filled up while writing {self.folder} ({size(shutil.disk_usage(self.folder).free)} free); "
-                "make room and run the same command again: it goes on where it stopped"
-            )
-        return Gemma4Error(f"cannot write {self.folder} ({error.strerror}); choose a folder you may write to")
+            raise refused(self.folder, e) from None
 
 
 def _raw(value: mx.array) -> memoryview:

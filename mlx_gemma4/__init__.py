@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .batches import generate_batch, stream_batch
     from .chat import Chat
     from .conversions.convert import convert
     from .engine import Engine
@@ -32,11 +33,13 @@ _HOME = {
     "Tokenizer": "tokenizer",
     "convert": "conversions.convert",
     "generate": "generation",
+    "generate_batch": "batches",
     "generate_step": "generation",
     "load": "loading",
     "make_logits_processors": "sampling",
     "make_sampler": "sampling",
     "media_prompt": "senses",
+    "stream_batch": "batches",
     "stream_generate": "generation",
 }
 
@@ -50,11 +53,13 @@ __all__ = [
     "__version__",
     "convert",
     "generate",
+    "generate_batch",
     "generate_step",
     "load",
     "make_logits_processors",
     "make_sampler",
     "media_prompt",
+    "stream_batch",
     "stream_generate",
 ]
 

@@ -97,7 +97,8 @@ def prefill(
     progress: Callable[[int], Any] | None = None,
     media: "Media | None" = None,
 ) -> int:
-    """Feeds `tokens` [L] to the cache in chunks, without computing logits; returns how many went in.
+    """Feeds `tokens` [L], or [B, L] for the rows of a batch, to the cache in chunks, without computing logits; returns
+    how many positions went in.
 
     media: what of them are pictures or sound; a chunk may be up to a picture longer than `step` then.
 
@@ -105,16 +106,15 @@ def prefill(
     activations is bounded by `step`. Nothing of a chunk is computed but what the caches need: logits are
     never asked for.
     """
-    done = 0
-    while done < tokens.size:
-        end = min(done + step, tokens.size)
+    done, total = 0, tokens.shape[-1]
+    while done < total:
+        end = min(done + step, total)
         if media is not None:
-            end = min(media.step_end(done, end), tokens.size)
-        chunk = tokens[done:end]
-        model(chunk[None], cache=cache, **_soft(media, done, end))
+            end = min(media.step_end(done, end), total)
+        model(mx.atleast_2d(tokens[..., done:end]), cache=cache, **_soft(media, done, end))
         mx.eval([c.state for c in cache])
         mx.clear_cache()
-        done += chunk.size
+        done = end
         if progress is not None and progress(done) is False:
             break
     return done
@@ -150,7 +150,7 @@ def generate_step(
     Raises UsageError for arguments out of range, ContextError when the prompt does not fit, Gemma4Error when
     the first logits are not numbers.
     """
-    _check_options(max_tokens, max_kv_size, kv_bits, prefill_step_size)
+    check_options(max_tokens, max_kv_size, kv_bits, prefill_step_size)
     prompt = mx.array(prompt)
     if prompt.ndim != 1 or prompt.size == 0:
         raise UsageError(f"the prompt must be a list of at least one token id, not of shape {list(prompt.shape)}")
@@ -161,7 +161,7 @@ def generate_step(
         guide.begin(max_tokens)
 
     progress = prompt_progress_callback or (lambda done, total: None)
-    pick = sampler or (lambda logprobs: mx.argmax(logprobs, axis=-1))
+    choose = chooser(sampler)
     processors = logits_processors or []
     seen = prompt  # what the processors look at; kept up only for them
     if processors and len(prior_tokens) > 0:
@@ -172,10 +172,6 @@ def generate_step(
         for process in processors:
             logits = process(seen, logits)
         return logits
-
-    def choose(logits: mx.array) -> tuple[mx.array, mx.array]:
-        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-        return pick(logprobs), logprobs.squeeze(0)
 
     going = True
 
@@ -192,8 +188,7 @@ def generate_step(
     logits = forward(prompt[last:], **_soft(media, last, total))
     token, logprobs = choose(logits) if guide is None else guided(logits, guide, choose)
     mx.async_eval(token, logprobs)
-    if mx.any(mx.isnan(logprobs)).item():
-        raise Gemma4Error("the model's first logits are not numbers (NaN); check the weights with --check")
+    check_numbers(logprobs)
     if not report(total):
         return
 
@@ -220,6 +215,24 @@ def generate_step(
         if n % CLEAR_EVERY == 0:
             mx.clear_cache()
         n += 1
+
+
+def chooser(sampler: Callable[[mx.array], mx.array] | None) -> Callable[[mx.array], tuple[mx.array, mx.array]]:
+    """How a sampler chooses by logits [B, V]: (tokens [B], logprobs [B, V], or [V] for one row). None: the most likely
+    one."""
+    pick = sampler or (lambda logprobs: mx.argmax(logprobs, axis=-1))
+
+    def choose(logits: mx.array) -> tuple[mx.array, mx.array]:
+        logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        return pick(logprobs), logprobs.squeeze(0) if len(logprobs) == 1 else logprobs
+
+    return choose
+
+
+def check_numbers(first: mx.array) -> None:
+    """Raises Gemma4Error when a model's first logits are no numbers."""
+    if mx.any(mx.isnan(first)).item():
+        raise Gemma4Error("the model's first logits are not numbers (NaN); check the weights with --check")
 
 
 def guided(
@@ -349,7 +362,8 @@ def _asked(kv_bits: float | None) -> dict[str, float]:
     return {} if kv_bits is None else {"kv_bits": kv_bits}
 
 
-def _check_options(max_tokens: int, max_kv_size: int | None, kv_bits: float | None, prefill_step_size: int) -> None:
+def check_options(max_tokens: int, max_kv_size: int | None, kv_bits: float | None, prefill_step_size: int) -> None:
+    """What `generate_step` refuses. Raises UsageError."""
     if max_tokens == 0 or max_tokens < -1:
         raise UsageError(f"max_tokens must be at least 1, or -1 for no limit, not {max_tokens}")
     if prefill_step_size < 1:

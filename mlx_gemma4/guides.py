@@ -71,7 +71,7 @@ def thinking_budget(thinking: Thinking) -> tuple[bool, int | None]:
 def mask_rows(guides: Sequence[Guide | None], width: int) -> np.ndarray:
     """What may come next in each row of a batch: bool [B, width]. None: a row without rules, or one that has ended.
 
-    For loops of one's own over `model(tokens [B, 1])`; generation here is one row at a time. Each row's `advance` is
+    For loops of one's own over `model(tokens [B, 1])`; `batches.py` has one ready. Each row's `advance` is
     told its own token.
     """
     rows = np.zeros((len(guides), width), bool)

@@ -20,6 +20,7 @@ PACKINGS = [
     *({"mode": m} for m in ("mxfp4", "nvfp4", "mxfp8")),
     {"recipe": "mixed-4-6"},
     {"recipe": "mixed-3-6"},
+    {"recipe": "mixed-4-5"},
     {"bits": 4, "group_size": 32},
 ]
 # Every family at 16 and 4 bits, everything else on one with per-layer embeddings and one with experts.

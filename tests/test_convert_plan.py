@@ -97,7 +97,8 @@ def test_k_proj_is_a_value_where_there_is_no_other():
 
 def test_mixed_recipes_as_calibrations_choose():
     """Values, keys and embeddings before the rest of attention, that before MLPs, at every family's shapes."""
-    for size, name in ((s, n) for s in SIZES for n in ("mixed-3-6", "mixed-4-6", "4bit", "3bit")):
+    named = ("mixed-3-4", "mixed-3-5", "mixed-3-6", "mixed-4-5", "mixed-4-6", "4bit", "3bit")
+    for size, name in ((s, n) for s in SIZES for n in named):
         parsed = Gemma4Config.from_dict(config(size))
         chosen = recipe.load(name)
         middle = parsed.text.num_hidden_layers // 2
@@ -105,11 +106,27 @@ def test_mixed_recipes_as_calibrations_choose():
         def bits(matrix, chosen=chosen, parsed=parsed, middle=middle) -> int:
             return chosen.choose(f"language_model.model.layers.{middle}.{matrix}", parsed.text).bits
 
-        assert bits("self_attn.v_proj") == bits("self_attn.k_proj") >= bits("self_attn.o_proj") >= bits("mlp.up_proj")
+        assert bits("self_attn.v_proj") >= bits("self_attn.k_proj") >= bits("self_attn.o_proj") >= bits("mlp.up_proj")
         assert chosen.choose("language_model.model.embed_tokens", parsed.text).bits > bits("mlp.down_proj")
         assert bits("mlp.gate_proj") == int(name.removeprefix("mixed-")[0])
         first = chosen.choose("language_model.model.layers.0.mlp.down_proj", parsed.text).bits
-        assert first == bits("mlp.down_proj") + name.startswith("mixed")
+        assert first == bits("mlp.down_proj") + (name in ("mixed-3-6", "mixed-4-5", "mixed-4-6"))
+
+
+def test_groups_of_128_where_they_divide():
+    """704 and 2,112 columns of 26B-A4B's down projections are no multiples of 128; --group-size asks and is refused."""
+    for name in ("mixed-3-4", "mixed-3-5", "mixed-4-5"):
+        plan, _ = plan_of("26b-a4b", recipe.load(name))
+        groups = {i.path: i.packing.group_size for i in plan.items if i.packing}
+        for path, group in groups.items():
+            narrow = path.endswith((".mlp.down_proj", ".switch_glu.down_proj", "router.proj"))
+            assert group == (64 if narrow else 128), path
+        record = plan.quantization()
+        assert record is not None and record["group_size"] == 128
+        assert record["language_model.model.layers.9.mlp.down_proj"]["group_size"] == 64
+        plan_of("31b", recipe.select(name, group_size=32))
+    with pytest.raises(UsageError, match="704 columns"):
+        plan_of("26b-a4b", recipe.select("mixed-4-5", group_size=128))
 
 
 def test_rules():
@@ -150,6 +167,11 @@ def test_rules():
         ("group_size = 64", ["how many bits"]),
         ('bits = "4"', ["bits is '4'"]),
         ("bits = 4\ngroup_size = 48", ["48"]),
+        ("bits = 4\ngroup_size = [128, 48]", ["48"]),
+        ("bits = 4\ngroup_size = []", ["[128, 64]"]),
+        ('bits = 4\ngroup_size = ["128"]', ["[128, 64]"]),
+        ('bits = 4\nmode = "mxfp4"\ngroup_size = [32, 64]', ["affine"]),
+        ('bits = 4\ngroup_size = "128"', ["group_size is '128'"]),
         ('bits = 4\nmode = "int"', ["int", "nvfp4"]),
         ('bits = 6\nmode = "mxfp4"\ngroup_size = 32', ["mxfp4 has 4 bits"]),
         ('bits = 4\n[[rules]]\nmatch = ["a"]\nends = 0.7', ["ends"]),

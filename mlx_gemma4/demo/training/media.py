@@ -8,6 +8,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import clips
 import hearing
@@ -22,14 +23,28 @@ from mlx_gemma4.media.images import ProcessedImage, process_image
 from mlx_gemma4.media.mel import log_mel
 
 Encode = Callable[[str], list[int]]
+Aim = tuple[float, ...]
+BOX = re.compile(r'"box_2d": \[(\d+), (\d+), (\d+), (\d+)\]')
 MARKS = re.compile(r"(<\|image\|>|<\|audio\|>|<\|video\|>)")
-DIGITS = (1.0, 0.5, 0.1)  # loss weights of a box's hundreds, tens and ones
+DECIDES = 3.0
+DIGITS = (1.0, 0.7, 0.1)  # loss weights of a box's hundreds, tens and ones
 LOOK = ("I look at the picture.", "I listen to the sound.", "I look at the frames.")
 
 
 @dataclass
+class Seen:
+    """What a tower made of a picture, a frame or a sound, before the projector: a tensor [tokens, 128]."""
+
+    features: Any
+
+    @property
+    def tokens(self) -> int:
+        return len(self.features)
+
+
+@dataclass
 class Item:
-    """One picture, sound or clip: processed parts, what it was drawn from, the times of frames."""
+    """One picture, sound or clip: its parts, processed or seen, what it was drawn from, the times of frames."""
 
     kind: str
     parts: list
@@ -48,11 +63,20 @@ class Dialog:
 
 @dataclass
 class Row:
-    """Ids with loss weights, and (where, which item, which part) of every run of soft tokens."""
+    """Ids with loss weights, (where, which item, which part) of every run of soft tokens, and `aims` of positions."""
 
     ids: list[int] = field(default_factory=list)
     own: list[float] = field(default_factory=list)
     runs: list[tuple[int, Item, int]] = field(default_factory=list)
+    aimed: dict[int, Aim] = field(default_factory=dict)
+
+    def say(self, text: str, ids: list[int], encode: "Encode") -> None:
+        """Adds what the model says."""
+        if text.startswith(("[", "Yes, I see", "No, I see")):
+            begin = len(self.ids) - 1
+            self.aimed |= {begin + i: aim for i, aim in enumerate(aims(text, ids, encode))}
+        self.ids += ids
+        self.own += weights(text, ids, encode)
 
 
 def picture_item(scene: pictures.Scene, budget: int) -> Item:
@@ -63,14 +87,19 @@ def sound_item(sound: sounds.Sound) -> Item:
     return Item("audio", [log_mel(sound.samples)], sound)
 
 
+def stamps(clip: clips.Clip) -> tuple[str, ...]:
+    """The time of each frame, as in the prompt."""
+    return tuple(f"{int(s // 60):02d}:{int(s % 60):02d}" for s in clip.seconds)
+
+
 def clip_items(clip: clips.Clip) -> list[Item]:
-    stamps = tuple(f"{int(s // 60):02d}:{int(s % 60):02d}" for s in clip.seconds)
-    frames = Item("video", [process_image(f, 70) for f in clip.frames], clip, stamps)
+    frames = Item("video", [process_image(f, 70) for f in clip.frames], clip, stamps(clip))
     return [frames] if clip.sound is None else [frames, sound_item(clip.sound)]
 
 
-def tokens_of(part: ProcessedImage | np.ndarray) -> int:
-    return part.tokens if isinstance(part, ProcessedImage) else -(-len(part) // 4)
+def tokens_of(part: "ProcessedImage | np.ndarray | Seen") -> int:
+    """Soft tokens of pixels, of mel features, or of what a tower made of them."""
+    return -(-len(part) // 4) if isinstance(part, np.ndarray) else part.tokens
 
 
 def dialog(items: list[Item], asked: list[seeing.Asked], thought: str = "") -> Dialog:
@@ -101,18 +130,43 @@ def add(row: Row, talk: Dialog, encode: Encode) -> None:
                 _item_ids(row, next(items), encode)
                 continue
             ids = encode(piece)
-            row.ids += ids
-            row.own += weights(piece, ids, encode) if mine else [0.0] * len(ids)
+            if mine:
+                row.say(piece, ids, encode)
+            else:
+                row.ids += ids
+                row.own += [0.0] * len(ids)
 
 
 def weights(text: str, ids: list[int], encode: Encode) -> list[float]:
-    """1 for each token, less for the last of three digits of a box."""
+    """1 for each token, more where one says whether there is something, or one more; less for the digits of a box."""
     out = [1.0] * len(ids)
+    if text.startswith(("Yes", "No", "[")):
+        out[text[0] == "["] = DECIDES  # the token behind the bracket says whether the list is empty
     if "box_2d" in text:
         digits = {encode(d)[0] for d in "0123456789"}
         for i in range(2, len(ids)):
             if {ids[i - 2], ids[i - 1], ids[i]} <= digits:
                 out[i - 2 : i + 1] = DIGITS
+        ends = {encode(mark)[0] for mark in ('"}]', '"}, ')}
+        out = [DECIDES if i in ends else w for i, w in zip(ids, out, strict=True)]
+    return out
+
+
+def aims(text: str, ids: list[int], encode: Encode) -> list[Aim]:
+    """What the model should know before each token of an answer: (y1, x1, y2, x2 of the box it is at, how many boxes
+    the answer has). Sides are shares of the picture, -1 once they are written or where there is no box.
+    """
+    boxes = [tuple(int(n) / 1000 for n in found) for found in BOX.findall(text)]
+    count = len(boxes) if text[0] == "[" else int(text.startswith("Yes"))
+    digits, another = {encode(d)[0] for d in "0123456789"}, encode('"}, ')[0]
+    at, seen, out = 0, 0, []
+    for i in range(len(ids)):
+        if i and ids[i - 1] == another:
+            at, seen = at + 1, 0
+        elif i and ids[i - 1] in digits:
+            seen += 1
+        sides = boxes[at] if at < len(boxes) else (-1.0,) * 4
+        out.append((*(-1.0 if seen >= 3 * (n + 1) else side for n, side in enumerate(sides)), count))
     return out
 
 
@@ -121,6 +175,7 @@ def cut(row: Row, length: int) -> Row:
     row.ids, row.own = row.ids[:length], row.own[:length]
     row.ids += [0] * (length - len(row.ids))
     row.own += [-1.0] * (length - len(row.own))
+    row.aimed = {at: aim for at, aim in row.aimed.items() if at < length}
     assert all(at + tokens_of(item.parts[i]) <= length for at, item, i in row.runs)
     return row
 
@@ -136,27 +191,28 @@ def _asked(rng: random.Random, scene: pictures.Scene) -> list[seeing.Asked]:
     return out
 
 
-def picture_row(rng: random.Random, encode: Encode, length: int, budget: int, count: int) -> Row:
-    """`count` pictures with questions about each, in conversations of their own or all in one."""
+def picture_row(rng: random.Random, encode: Encode, length: int, items: list[Item]) -> Row:
+    """Pictures with questions about each, in conversations of their own or all in one."""
     row = Row()
-    for n in range(count):
-        scene = pictures.draw(rng)
-        items, until = [picture_item(scene, budget)], length * (n + 1) // count
-        asked = _asked(rng, scene)
-        talk = dialog(items, asked[: rng.randrange(1, len(asked) + 1)], _thought(rng, 0))
+    for n, item in enumerate(items):
+        until = length * (n + 1) // len(items)
+        asked = _asked(rng, item.source)
+        talk = dialog([item], asked[: rng.randrange(1, len(asked) + 1)], _thought(rng, 0))
         same = n > 0 and rng.random() < 0.3 and not talk.example.thinking
         before = len(row.ids)
         add(row, talk, encode)
         if same:  # goes on in the conversation before: no <bos>
             del row.ids[before], row.own[before]
-            row.runs = [(at - 1 if item is items[0] else at, item, i) for at, item, i in row.runs]
+            row.runs = [(at - 1 if i == n else at, it, part) for i, (at, it, part) in enumerate(row.runs)]
+            row.aimed = {at - (at > before): aim for at, aim in row.aimed.items()}
         while len(row.ids) < until - 12:
-            for _, q, a in _asked(rng, scene):
+            for _, q, a in _asked(rng, item.source):
                 _more(row, q, a, encode)
                 if len(row.ids) >= until - 12:
                     break
-        if n < count - 1 and len(row.ids) > until + 24:  # keep room for the next picture
+        if n < len(items) - 1 and len(row.ids) > until + 24:  # keep room for the next picture
             row.ids, row.own = row.ids[:until], row.own[:until]
+            row.aimed = {at: aim for at, aim in row.aimed.items() if at < until}
     return cut(row, length)
 
 
@@ -164,29 +220,34 @@ def _more(row: Row, question: str, answer: str, encode: Encode) -> None:
     """Another turn about the same."""
     head = encode(f"{world.TURN}user\n{question}{world.END}\n{world.TURN}model\n")
     said = encode(answer + world.END)
-    row.ids += head + said + encode("\n")
-    row.own += [0.0] * len(head) + weights(answer, said, encode) + [0.0]
+    row.ids += head
+    row.own += [0.0] * len(head)
+    row.say(answer, said, encode)
+    row.ids += encode("\n")
+    row.own += [0.0]
 
 
-def sound_row(rng: random.Random, encode: Encode, length: int) -> Row:
+def sound_row(rng: random.Random, encode: Encode, length: int, take: Callable[[], Item]) -> Row:
+    """As many sounds as fit, each in a conversation of its own."""
     row = Row()
     while len(row.ids) < length - 60:
-        sound = sounds.draw(rng, rng.choice((2.0, 3.0, 5.0)))
-        item = sound_item(sound)
+        item = take()
         if len(row.ids) + tokens_of(item.parts[0]) + 40 > length:
-            break
-        asked = hearing.questions(rng, sound, False)
+            if row.ids:
+                break
+            continue
+        asked = hearing.questions(rng, item.source, False)
         rng.shuffle(asked)
         add(row, dialog([item], asked, _thought(rng, 1)), encode)
     return cut(row, length)
 
 
-def clip_row(rng: random.Random, encode: Encode, length: int, frames: int) -> Row:
-    row = Row()
-    clip = clips.draw(rng, frames)
+def clip_row(rng: random.Random, encode: Encode, length: int, items: list[Item]) -> Row:
+    """One clip, asked about until the row is full."""
+    row, clip = Row(), items[0].source
     asked = seeing.watched(rng, clip, False)
     rng.shuffle(asked)
-    add(row, dialog(clip_items(clip), asked, _thought(rng, 2)), encode)
+    add(row, dialog(items, asked, _thought(rng, 2)), encode)
     while len(row.ids) < length - 12:
         rng.shuffle(asked := seeing.watched(rng, clip, False))
         for _, q, a in asked:

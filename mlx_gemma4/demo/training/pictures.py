@@ -25,6 +25,7 @@ COLOURS = {
 }
 # Never drawn for the training.
 HELD_PAIRS = frozenset({("purple", "star"), ("orange", "cross"), ("yellow", "ring"), ("white", "triangle")})
+STEP = 20  # of the numbers of boxes
 SUPER = 2  # drawn so many times larger and reduced, for smooth edges
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
@@ -46,14 +47,17 @@ class Thing:
 class Scene:
     """A picture and what is in it, from left to right."""
 
-    image: Image.Image
+    image: Image.Image | None  # None once it has been looked at
     things: tuple[Thing, ...]
+    size: tuple[int, int]
 
     def grid(self, thing: Thing) -> tuple[int, int, int, int]:
-        """(y1, x1, y2, x2) of a thing on Gemma's grid of 1000 x 1000."""
-        w, h = self.image.size
+        """(y1, x1, y2, x2) of a thing on Gemma's grid of 1000 x 1000, in steps of 20: finer is not taught."""
+        w, h = self.size
         left, top, right, bottom = thing.box
-        y1, x1, y2, x2 = (min(999, max(0, round(1000 * v))) for v in (top / h, left / w, bottom / h, right / w))
+        y1, x1, y2, x2 = (
+            min(980, max(0, STEP * round(1000 / STEP * v))) for v in (top / h, left / w, bottom / h, right / w)
+        )
         return y1, x1, y2, x2
 
 
@@ -165,24 +169,24 @@ def draw_size(rng: random.Random) -> tuple[int, int]:
         side = rng.randrange(120, 560)
         return side, side
     long = rng.randrange(180, 680)
-    ratio = math.exp(rng.uniform(-0.75, 0.85))
+    ratio = math.exp(rng.uniform(-0.5, 0.6))
     return (long, round(long / ratio)) if ratio > 1 else (round(long * ratio), long)
 
 
-def draw(rng: random.Random, held: bool = False, most: int = 5) -> Scene:
+def draw(rng: random.Random, held: bool = False, most: int = 4) -> Scene:
     """A scene. held: at least one thing in it is of a pair that the training never shows."""
     while True:
-        count = min(most, rng.choices((1, 2, 3, 4, 5), (34, 24, 20, 12, 10))[0])
+        count = min(most, rng.choices((1, 2, 3, 4), (38, 28, 20, 14))[0])
         size = draw_size(rng)
         short = min(size)
         kinds = [rng.choice(pairs()) for _ in range(count)]
-        if count > 1 and rng.random() < 0.35:  # something to count
+        if count > 1 and rng.random() < 0.22:  # something to count
             kinds = [rng.choice(kinds[: rng.randrange(1, 3)]) for _ in kinds]
         if held:
             kinds[rng.randrange(count)] = rng.choice(pairs(True))
         sides = []
         for _, shape in kinds:
-            side = short * (rng.uniform(0.15, 0.75) if count == 1 else rng.uniform(0.14, 0.42 - 0.03 * count))
+            side = short * (rng.uniform(0.22, 0.75) if count == 1 else rng.uniform(0.2, 0.5 - 0.05 * count))
             ratio = 1.0 if shape in ("circle", "ring", "square") else math.exp(rng.uniform(-0.2, 0.2))
             sides.append((side, min(side / ratio, 0.9 * short)))
         boxes = _place(rng, size, sides)
@@ -198,15 +202,14 @@ def draw(rng: random.Random, held: bool = False, most: int = 5) -> Scene:
         if rng.random() < 0.15:
             grain = np.random.default_rng(rng.randrange(1 << 30)).normal(0, rng.uniform(1, 7), (size[1], size[0], 1))
             image = Image.fromarray(np.clip(np.asarray(image) + grain, 0, 255).astype(np.uint8))
-        return Scene(image, tuple(sorted(things, key=lambda t: t.box[0])))
+        return Scene(image, tuple(sorted(things, key=lambda t: t.box[0])), size)
 
 
 # What each soft token is asked for while the tower is taught alone: name -> number of classes.
 COORDINATES = ("y1", "x1", "y2", "x2")
 LABELS = {"shape": 7, "colour": 9, "rank": 6, "centre": 2, "count": 6}
-LABELS |= {f"{c}{d}": 10 for c in COORDINATES for d in ("a", "b", "c")}
-# Numbers tell a place before digits do; the last digits are noise until then.
-WEIGHT = {"shape": 3.0, "colour": 1.5, "rank": 0.7, "centre": 1.0, "count": 0.1, "a": 0.4, "b": 0.15, "c": 0.02}
+LABELS |= {f"{c}a": 10 for c in COORDINATES} | {f"{c}f": 1000 // STEP for c in COORDINATES}
+WEIGHT = {"shape": 3.0, "colour": 1.5, "rank": 0.7, "centre": 1.0, "count": 0.1, "a": 0.2, "f": 0.4}
 SIDES = 8  # numbers asked besides: a thing's edges as shares of the picture, and in tokens from the token's middle
 
 
@@ -216,7 +219,7 @@ def labels(scene: Scene, rows: int, columns: int) -> tuple[dict[str, np.ndarray]
     rows, columns: of the picture in tokens.
     A token belongs to the thing whose box covers most of it. rank: the how-manieth from the left, from 1.
     """
-    w, h = scene.image.size
+    w, h = scene.size
     x0, y0 = np.arange(columns) * w / columns, np.arange(rows) * h / rows
     cover, n = [], rows * columns
     centre = np.zeros(n, np.int64)
@@ -236,8 +239,8 @@ def labels(scene: Scene, rows: int, columns: int) -> tuple[dict[str, np.ndarray]
     out["count"] = np.full(n, len(scene.things))
     for i, name in enumerate(COORDINATES):
         value = np.array([*(scene.grid(t)[i] for t in scene.things), 0])
-        for digit, unit in (("a", 100), ("b", 10), ("c", 1)):
-            out[name + digit] = np.where(owner < 0, -100, (value // unit % 10)[owner])
+        for suffix, unit in (("a", 100), ("f", STEP)):
+            out[name + suffix] = np.where(owner < 0, -100, (value // unit)[owner])
     edges = np.array([*((t.box[1] / h, t.box[0] / w, t.box[3] / h, t.box[2] / w) for t in scene.things), (0, 0, 0, 0)])
     middle = np.stack([(y0 / h + 0.5 / rows).repeat(columns), np.tile(x0 / w + 0.5 / columns, rows)] * 2, axis=-1)
     shares = edges[owner]

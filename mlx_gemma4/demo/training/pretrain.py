@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.016, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--start", type=Path, help="go on from the eyes of another eyes.pt or state.pt")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
@@ -86,14 +87,18 @@ def main() -> None:
         whole.load_state_dict(state["model"])
         optimiser.load_state_dict(state["optimiser"])
         before, step = state["seconds"], state["step"]
+    elif args.start:
+        state = torch.load(args.start, weights_only=True)["model"]
+        state = {name.replace("sees.", "heads."): value for name, value in state.items()}
+        whole.load_state_dict({name: state[name] for name in whole.state_dict()})
     fast = torch.compile(eyes, dynamic=False)
     rng = random.Random(f"pretrain/{args.seed}/{step}")
     begin, smooth, saved = time.time() - before, {}, time.time()
     limit, planned = args.minutes * 60, (args.planned or args.minutes) * 60
     while (seconds := time.time() - begin) < limit:
-        part = seconds / planned
+        part = max(seconds / planned, 0.4 if args.start else 0.0)
         budget = rng.choices(list(SIZES), (100, 0, 0, 0) if part < 0.4 else (0, 88, 8, 4))[0]
-        scenes = [pictures.draw(rng, most=1 if part < 0.1 else 3 if part < 0.3 else 5) for _ in range(SIZES[budget])]
+        scenes = [pictures.draw(rng, most=1 if part < 0.1 else 3 if part < 0.3 else 4) for _ in range(SIZES[budget])]
         images = [towers.small_image(s.image, budget) for s in scenes]
         with torch.autocast("cpu", dtype=torch.bfloat16):
             said = heads(fast(*towers.batch_images(images, budget * towers.PATCHES)))

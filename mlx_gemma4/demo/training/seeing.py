@@ -165,7 +165,7 @@ def questions(rng: random.Random, scene: pictures.Scene, test: bool) -> list[Ask
     if len(things) > 1:
         a, b = rng.sample(things, 2)
         words, (axis, sign) = rng.choice(list(SIDES.items()))
-        centre = [((t.box[axis] + t.box[axis + 2]) / 2) / scene.image.size[axis] for t in (a, b)]
+        centre = [((t.box[axis] + t.box[axis + 2]) / 2) / scene.size[axis] for t in (a, b)]
         if names.count(a.name) == names.count(b.name) == 1 and abs(centre[0] - centre[1]) > 0.08:
             yes = (centre[1] - centre[0]) * sign > 0
             way = rng.choice(SIDE[side]).format(a=a.name, side=words, b=b.name)

@@ -59,7 +59,11 @@ class Eyes(nn.Module):
         self.embed_vision = Gemma4MultimodalEmbedder(config, _text_config())
 
     def forward(self, patches: torch.Tensor, positions: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-        """uint8 [B, N, 768], int64 [B, N, 2], bool [B, N] -> [B, N / 9, WIDTH].
+        """uint8 [B, N, 768], int64 [B, N, 2], bool [B, N] -> [B, N / 9, WIDTH]"""
+        return self.embed_vision(self.look(patches, positions, valid))
+
+    def look(self, patches: torch.Tensor, positions: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """The same before the projector, [B, N / 9, 128].
 
         Unlike in transformers' own pass, the nine patches of a token stand together, as `arrange` puts them: the
         order of patches changes nothing, and pooling becomes a mean.
@@ -71,8 +75,7 @@ class Eyes(nn.Module):
         for layer in tower.encoder.layers:
             x = layer(x, attention_mask=mask, position_embeddings=table, position_ids=positions)
         b, n, e = x.shape
-        pooled = x.float().reshape(b, n // PATCHES, PATCHES, e).mean(2) * e**0.5
-        return self.embed_vision(pooled)
+        return x.float().reshape(b, n // PATCHES, PATCHES, e).mean(2) * e**0.5
 
 
 class Ears(nn.Module):
@@ -86,7 +89,11 @@ class Ears(nn.Module):
 
     def forward(self, mel: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """float [B, T, 128], bool [B, T] -> [B, T / 4, WIDTH]"""
-        return self.embed_audio(self.audio_tower(mel, mask).last_hidden_state)
+        return self.embed_audio(self.listen(mel, mask))
+
+    def listen(self, mel: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """The same before the projector, [B, T / 4, 128]."""
+        return self.audio_tower(mel, mask).last_hidden_state
 
 
 def _text_config():

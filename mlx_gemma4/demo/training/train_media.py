@@ -1,14 +1,16 @@
-"""Trains the small model with eyes and ears: goes on from the text model and the towers taught alone.
+"""Trains the small model with eyes and ears: the text model and both projectors, with the towers as they were taught.
 
     python grow.py TEXT_CHECKPOINT OUT
     python pretrain.py OUT & python pretrain_ears.py OUT; wait
     python train_media.py OUT --text TEXT_CHECKPOINT [--minutes 60]
 
-Owns: the mixture (a third of the rows are `world.rows`), the schedule, which runs by the clock, and the saving. Two
-processes average their gradients, as in `train.py`.
+Owns: the mixture (texts of `world.rows`, tool calls of `calls.rows`, and what `pool.py` has looked at), the schedule,
+which runs by the clock, and the saving. Two processes average their gradients, as in `train.py`. The towers stay as
+they are: what a tower makes of a picture then need not be made again for every question.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -16,19 +18,18 @@ import socket
 import time
 from pathlib import Path
 
+import calls
 import judging
 import media
 import model as small
 import muon
-import pictures
-import pretrain
-import pretrain_ears
-import sounds
+import pool
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as nnf
 import towers
+import train
 import world
 from grow import VOCABULARY
 from safetensors.torch import load_file
@@ -37,12 +38,17 @@ from torch import nn
 
 WORKERS = 2
 ROW = 512
-TEXT_ROWS = 2  # of six in a step
+TEXT_ROWS, CALL_ROWS = 2, 1  # of a step, of ROW tokens
+PICTURE = {"picture": (9, 160), "picture-140": (5, 240), "picture-280": (3, 384)}  # rows of a step, their tokens
+PAIRS = (4, 320)  # two pictures in a row
+CLIP_ROWS, CLIP = 2, 336
+LONG_CLIP = 2560
 LONG = {1024: 4, 2048: 2, 4096: 1}
 OTHERS_WEIGHT = 0.05
-AIDS = 0.5  # weight of the labels that the towers were taught with
-FRAMES = 5  # of a clip, at most, in ordinary rows
-PATCHES = 70 * towers.PATCHES
+SOFT_CAP = small.TEXT["final_logit_softcapping"]
+COUNTS = 5  # boxes of an answer: none to four
+SIDES_WEIGHT, COUNT_WEIGHT = 8.0, 0.5
+FAST = ("text", "picture", "clip", "sound")  # kinds whose shapes are worth compiling
 
 
 class Whole(nn.Module):
@@ -52,16 +58,24 @@ class Whole(nn.Module):
         super().__init__()
         self.text = small.build(0, VOCABULARY)
         self.eyes, self.ears = towers.Eyes(), towers.Ears()
-        self.sees = pretrain.Heads(pictures.LABELS | {"sides": pictures.SIDES})
-        self.hears = pretrain.Heads(sounds.LABELS)
+        self.probe = nn.Linear(towers.WIDTH, 4 + COUNTS)  # for `aim_loss`; used in training only
 
-    def forward(self, ids: torch.Tensor, soft: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """Logits; where `soft` holds, `features` stand in place of embeddings and the per-layer ids are padding."""
+    def forward(
+        self, ids: torch.Tensor, soft: torch.Tensor, features: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(logits, last hidden state); where `soft` holds, `features` stand in place of embeddings and the per-layer
+        ids are padding."""
         decoder = self.text.model
         known = torch.where(soft, 0, ids)
         embeds = torch.where(soft[..., None], features, decoder.embed_tokens(known))
         per_layer = decoder.get_per_layer_inputs(known, None)
-        return self.text(inputs_embeds=embeds, per_layer_inputs=per_layer, use_cache=False).logits
+        hidden = decoder(inputs_embeds=embeds, per_layer_inputs=per_layer, use_cache=False).last_hidden_state
+        logits = self.text.lm_head(hidden)
+        return SOFT_CAP * torch.tanh(logits / SOFT_CAP), hidden
+
+    def taught(self) -> list[nn.Module]:
+        """What is trained here."""
+        return [self.text, self.eyes.embed_vision, self.ears.embed_audio, self.probe]
 
 
 def grown(folder: Path, out: Path, whole: Whole) -> None:
@@ -84,11 +98,13 @@ def grown(folder: Path, out: Path, whole: Whole) -> None:
     missing, unexpected = whole.text.model.load_state_dict(weights, strict=False)
     if missing or unexpected:
         raise ValueError(f"weights do not fit: missing {missing}, unexpected {unexpected}")
-    for part, heads, file in ((whole.eyes, whole.sees, "eyes.pt"), (whole.ears, whole.hears, "ears.pt")):
-        state = torch.load(out / file, weights_only=True)["model"]
-        name = file.removesuffix(".pt")
+
+
+def towers_of(out: Path, whole: Whole) -> None:
+    """The towers that were taught alone, with their projectors, into `whole`."""
+    for part, name in ((whole.eyes, "eyes"), (whole.ears, "ears")):
+        state = torch.load(out / f"{name}.pt", weights_only=True)["model"]
         part.load_state_dict({k.removeprefix(name + "."): v for k, v in state.items() if k.startswith(name + ".")})
-        heads.load_state_dict({k.removeprefix("heads."): v for k, v in state.items() if k.startswith("heads.")})
 
 
 def schedule(at: float) -> float:
@@ -103,83 +119,94 @@ class Worker:
         self.whole, self.encode, self.rank = whole, encode, rank
         self.rng = random.Random(f"media/{seed}/{rank}")
         self.texts = {n: world.rows(f"{seed}/{rank}", n, encode) for n in (ROW, *LONG)}
-        self.fast_text = torch.compile(whole, dynamic=False) if compiled else whole
-        self.fast_eyes = torch.compile(whole.eyes, dynamic=False) if compiled else whole.eyes
+        self.calls = calls.rows(f"{seed}/{rank}", ROW, encode)
+        self.pool = pool.Pool(whole.eyes, whole.ears, self.rng, compiled)
+        self.fast = torch.compile(whole, dynamic=False) if compiled else whole
 
-    def rows(self, step: int) -> list[media.Row]:
-        """Six rows of 512, or fewer longer ones."""
-        rng, encode = self.rng, self.encode
-        if step % 20 == 13:
-            length = (1024, 2048, 4096)[step // 20 % 3]
-            return [media.text_row(next(self.texts[length])) for _ in range(LONG[length])]
-        if step % 60 == 39:
-            return [media.clip_row(rng, encode, 2560, rng.randrange(8, 33))]
-        rows = [media.text_row(next(self.texts[ROW])) for _ in range(TEXT_ROWS)]
-        if step % 24 == 5:
-            return rows + [media.picture_row(rng, encode, ROW, 280, 1) for _ in range(3)]
-        if step % 24 == 11:
-            return rows + [media.picture_row(rng, encode, ROW, 140, 1) for _ in range(4)]
-        rows += [media.picture_row(rng, encode, ROW, 70, 2) for _ in range(3)]
-        if (step + self.rank) % 2:
-            return [*rows, media.sound_row(rng, encode, ROW)]
-        return [*rows, media.clip_row(rng, encode, ROW, rng.randrange(2, FRAMES))]
+    def groups(self, step: int) -> dict[str, list[media.Row]]:
+        """The rows of a step by kind; those of a kind are equally long."""
+        rng, encode, take = self.rng, self.encode, self.pool.take
+        if step % 24 == 13:
+            length = (1024, 2048, 4096)[step // 24 % 3]
+            return {"long": [media.text_row(next(self.texts[length])) for _ in range(LONG[length])]}
+        if step % 48 == 37:
+            return {"long": [media.clip_row(rng, encode, LONG_CLIP, take("long-clip"))]}
+        texts = [*itertools.islice(self.texts[ROW], TEXT_ROWS), *itertools.islice(self.calls, CALL_ROWS)]
+        out = {"text": [media.text_row(row) for row in texts]}
+        if step % 12 == 5:
+            out["pair"] = [
+                media.picture_row(rng, encode, PAIRS[1], [take("picture"), take("picture")]) for _ in range(PAIRS[0])
+            ]
+        else:
+            kind = {3: "picture-140", 9: "picture-280"}.get(step % 12, "picture")
+            count, length = PICTURE[kind]
+            out[kind] = [media.picture_row(rng, encode, length, [take(kind)]) for _ in range(count)]
+        if (step + self.rank) % 3 == 0:
+            out["sound"] = [media.sound_row(rng, encode, CLIP, lambda: take("sound")) for _ in range(CLIP_ROWS)]
+        else:
+            out["clip"] = [self._clip_row() for _ in range(CLIP_ROWS)]
+        return out
 
-    def loss(self, rows: list[media.Row]) -> tuple[torch.Tensor, dict[str, float]]:
-        whole, runs = self.whole, [(b, *run) for b, row in enumerate(rows) for run in row.runs]
-        features = torch.zeros(len(rows), len(rows[0].ids), towers.WIDTH)
-        soft = torch.zeros(features.shape[:2], dtype=torch.bool)
-        aids, said = torch.zeros(()), {}
-        places, values = [], []
-        pictures_ = [(b, at, item, i) for b, at, item, i in runs if item.kind == "image"]
-        frames = [(b, at, item, i) for b, at, item, i in runs if item.kind == "video"]
-        clips = [(b, at, item, i) for b, at, item, i in runs if item.kind == "audio"]
+    def _clip_row(self) -> media.Row:
+        """A clip short enough to leave room for questions."""
+        while True:
+            items = self.pool.take("clip")
+            if sum(media.tokens_of(part) + 8 for item in items for part in item.parts) < CLIP - 40:
+                return media.clip_row(self.rng, self.encode, CLIP, items)
+
+    def loss(self, groups: dict[str, list[media.Row]]) -> tuple[torch.Tensor, dict[str, float]]:
+        """The weighted mean over all tokens of a step, and the mean of each kind."""
+        total, weights, aims, said = torch.zeros(()), 0.0, torch.zeros(()), {}
+        for kind, rows in groups.items():
+            one, weight, aim = self._sum(rows, self.fast if kind in FAST else self.whole)
+            total, weights = total + one, weights + weight
+            if kind != "long":
+                said[kind] = float(one.detach()) / weight
+            if aim is not None:
+                aims, said["aim"] = aims + aim, float(aim.detach())
+        return total / weights + aims, said
+
+    def _sum(self, rows: list[media.Row], run) -> tuple[torch.Tensor, float, torch.Tensor | None]:
+        """(weighted sum of losses, sum of weights, loss of aims if there are any) of equally long rows."""
+        ids = torch.tensor([r.ids for r in rows])
+        features, soft = torch.zeros(*ids.shape, towers.WIDTH), torch.zeros(ids.shape, dtype=torch.bool)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            if pictures_:
-                images = [item.parts[i] for *_, item, i in pictures_]
-                patches = next(b for b in (70, 140, 280) if b * 9 >= max(len(p.patches) for p in images)) * 9
-                eyes = self.fast_eyes if patches == PATCHES else whole.eyes
-                scenes = [item.source for *_, item, _ in pictures_]
-                made = eyes(*towers.batch_images(images, patches))
-                targets = pretrain.picture_targets(scenes, images, patches // towers.PATCHES)
-                part, said = pretrain.picture_loss(whole.sees(made), targets)
-                aids = aids + part
-                places += [(b, at, p.tokens) for (b, at, _, _), p in zip(pictures_, images, strict=True)]
-                values += [f[: p.tokens] for f, p in zip(made, images, strict=True)]
-            for start in range(0, len(frames), FRAMES):
-                some = frames[start : start + FRAMES]
-                images = [item.parts[i] for *_, item, i in some]
-                filled = images + images[:1] * (FRAMES - len(images))  # one shape, so that it is compiled once
-                with torch.no_grad():
-                    made = self.fast_eyes(*towers.batch_images(filled, PATCHES))
-                places += [(b, at, p.tokens) for (b, at, _, _), p in zip(some, images, strict=True)]
-                values += [f[: p.tokens] for f, p in zip(made, images, strict=False)]
-            if clips:
-                mels = [item.parts[i] for *_, item, i in clips]
-                longest = -(-max(map(len, mels)) // 48) * 48
-                made = whole.ears(*towers.batch_mel(mels, longest))
-                targets = pretrain_ears.sound_targets([item.source for *_, item, _ in clips], longest // 4)
-                part, heard = pretrain_ears.sound_loss(whole.hears(made), targets)
-                aids, said = aids + part, said | heard
-                places += [(b, at, media.tokens_of(m)) for (b, at, _, _), m in zip(clips, mels, strict=True)]
-                values += [f[: media.tokens_of(m)] for f, m in zip(made, mels, strict=True)]
-            if places:
-                row = torch.cat([torch.full((n,), b) for b, _, n in places])
-                column = torch.cat([torch.arange(at, at + n) for _, at, n in places])
-                features = features.index_put((row, column), torch.cat(values).float())
+            for projector, heard in ((self.whole.eyes.embed_vision, False), (self.whole.ears.embed_audio, True)):
+                runs = [(b, at, item.parts[i].features) for b, row in enumerate(rows) for at, item, i in row.runs
+                        if (item.kind == "audio") == heard]  # fmt: skip
+                if not runs:
+                    continue
+                row = torch.cat([torch.full((len(part),), b) for b, _, part in runs])
+                column = torch.cat([torch.arange(at, at + len(part)) for _, at, part in runs])
+                made = projector(torch.cat([part for *_, part in runs]))
+                features = features.index_put((row, column), made.float())
                 soft[row, column] = True
-            ids = torch.tensor([r.ids for r in rows])
-            text = self.fast_text if ids.shape == (6, ROW) else whole
-            logits = text(ids, soft, features)
+            logits, hidden = run(ids, soft, features)
         own = torch.tensor([r.own for r in rows])
         target, weight = ids[:, 1:].reshape(-1), own[:, 1:].reshape(-1)
         weight = torch.where(weight == 0, OTHERS_WEIGHT, weight).clamp(min=0)
         losses = nnf.cross_entropy(logits[:, :-1].float().reshape(target.numel(), -1), target, reduction="none")
-        by_row = (losses * weight).reshape(len(rows), -1).sum(1).detach() / weight.reshape(len(rows), -1).sum(1)
-        if len(rows) == 6:
-            kinds = {i.kind for _, i, _ in rows[-1].runs}
-            last = "140" if kinds == {"image"} else "clip" if "video" in kinds else "sound"
-            said |= {"text": float(by_row[:2].mean()), "see": float(by_row[2:5].mean()), last: float(by_row[5])}
-        return (losses * weight).sum() / weight.sum() + AIDS * aids, said
+        where = [(b, at) for b, row in enumerate(rows) for at in row.aimed]
+        if not where:
+            return (losses * weight).sum(), float(weight.sum()), None
+        known = self.whole.probe(hidden[tuple(torch.tensor(where).T)].float())
+        return (
+            (losses * weight).sum(),
+            float(weight.sum()),
+            aim_loss(known, [a for r in rows for a in r.aimed.values()]),
+        )
+
+
+def aim_loss(known: torch.Tensor, aims: list[media.Aim]) -> torch.Tensor:
+    """How far the model is from knowing, before it writes a box, its sides and how many there are.
+
+    known: [N, 4 + COUNTS]. The digits alone teach where to look in the picture only a few positions at a time.
+    """
+    target = torch.tensor(aims)
+    sides, asked = target[:, :4], target[:, :4] >= 0
+    off = nnf.smooth_l1_loss(known[:, :4][asked], sides[asked], beta=0.02) if asked.any() else torch.zeros(())
+    counts = nnf.cross_entropy(known[:, 4:], target[:, 4].long())
+    return SIDES_WEIGHT * off + COUNT_WEIGHT * counts
 
 
 @torch.no_grad()
@@ -198,7 +225,7 @@ def predict(whole: Whole, talk: media.Dialog, encode) -> tuple[list[int], list[i
         n = media.tokens_of(part)
         features[0, at : at + n], soft[0, at : at + n] = made[0, :n], True
     ids = torch.tensor([row.ids])
-    likely = whole(ids, soft, features)[0].argmax(-1).tolist()
+    likely = whole(ids, soft, features)[0][0].argmax(-1).tolist()
     mine = [i for i, w in enumerate(row.own) if w > 0]
     return [likely[i - 1] for i in mine], [row.ids[i] for i in mine]
 
@@ -225,26 +252,36 @@ def worker(rank: int, args: argparse.Namespace) -> None:
 
     whole = Whole()
     first, tokens, before = 0, 0, 0.0
-    texts = muon.Optimiser(whole.text, args.text_lr, args.text_lr / 3, args.text_lr / 3)
-    others = nn.ModuleDict({"eyes": whole.eyes, "ears": whole.ears, "sees": whole.sees, "hears": whole.hears})
-    sensing = muon.Optimiser(others, args.tower_lr, args.tower_lr / 4, args.tower_lr / 4)
+    taught = nn.ModuleList(whole.taught())
+    optimiser = muon.Optimiser(taught, args.rate, args.rate / 3, args.rate / 3)
     if args.resume:
         state = torch.load(out / "state.pt", weights_only=True)
         whole.load_state_dict(state["model"])
-        texts.load_state_dict(state["texts"])
-        sensing.load_state_dict(state["sensing"])
+        optimiser.load_state_dict(state["optimiser"])
         first, tokens, before = state["step"], state["tokens"], state["seconds"]
     else:
         grown(Path(args.text), out, whole)
-    params = list(whole.parameters())
+        towers_of(out, whole)
+        if args.start:
+            state = torch.load(args.start, weights_only=True)["model"]
+            whole.text.load_state_dict({k[5:]: v for k, v in state.items() if k.startswith("text.")})
+    params = list(taught.parameters())
     mine = Worker(whole, encode, f"{args.seed}/{first}", rank, args.compile)
+    looking = time.time()
+    for _ in range(args.fill):
+        mine.pool.refresh()
+    if rank == 0:
+        kept = {kind: len(items) for kind, items in mine.pool.kept.items()}
+        print(f"{sum(p.numel() for p in whole.parameters()):,} weights; looked at {kept} in", end=" ")
+        print(f"{time.time() - looking:.0f} s", flush=True)
+    dist.barrier()
     begin, smooth, step, saved, looked = time.time() - before, {}, first, before, before
     limit, seconds = args.minutes * 60, before
-    if rank == 0:
-        print(f"{sum(p.numel() for p in params):,} weights", flush=True)
+    texts = {k: world.test_set(k, args.look_at, encode) for k in ("facts", "sums", "rules", "talk")}
     while seconds < limit:
-        rows = mine.rows(step)
-        loss, said = mine.loss(rows)
+        mine.pool.refresh()
+        groups = mine.groups(step)
+        loss, said = mine.loss(groups)
         for p in params:
             p.grad = None
         loss.backward()
@@ -255,17 +292,13 @@ def worker(rank: int, args: argparse.Namespace) -> None:
         flat *= min(1.0, 1.0 / (float(flat.norm()) + 1e-6))
         for p, g in zip(params, flat.split([p.numel() for p in params]), strict=True):
             p.grad = g.view_as(p)
-        share = schedule(seconds / limit)
-        texts.step(share)
-        sensing.step(share)
-        tokens += sum(len(r.ids) for r in rows) * WORKERS
+        optimiser.step(schedule(seconds / limit))
+        tokens += sum(len(r.ids) for rows in groups.values() for r in rows) * WORKERS
         step += 1
         for name, value in said.items():
-            if value == value:
-                smooth[name] = 0.95 * smooth.get(name, value) + 0.05 * value
+            smooth[name] = 0.95 * smooth.get(name, value) + 0.05 * value
         if rank == 0 and step % 20 == 0:
-            shown = ("text", "see", "140", "clip", "sound", "off", "shape", "colour", "rank", "x1a", "x1b", "ordinal")
-            line = " ".join(f"{k} {smooth[k]:.3f}" for k in shown if k in smooth)
+            line = " ".join(f"{k} {v:.3f}" for k, v in sorted(smooth.items()))
             print(f"step {step} {line} tokens {tokens:,} seconds {seconds:.0f}", flush=True)
         done = seconds >= limit
         if done or seconds - looked > args.look * 60:
@@ -273,6 +306,8 @@ def worker(rank: int, args: argparse.Namespace) -> None:
             whole.eval()
             kinds = [k for i, k in enumerate(media.KINDS) if i % WORKERS == rank]
             scores = {k: teacher_forced(whole, k, args.look_at, tokenizer, encode, 1) for k in kinds}
+            kinds = [k for i, k in enumerate(texts) if i % WORKERS == rank]
+            scores |= {k: train.teacher_forced(whole.text, texts[k], encode) for k in kinds}
             whole.train()
             gathered: list[dict | None] = [None] * WORKERS
             dist.all_gather_object(gathered, scores)
@@ -281,7 +316,7 @@ def worker(rank: int, args: argparse.Namespace) -> None:
                 print(f"step {step} unseen {json.dumps(merged)} seconds {seconds:.0f}", flush=True)
         if rank == 0 and (done or seconds - saved > 180):
             saved = seconds
-            state = {"model": whole.state_dict(), "texts": texts.state_dict(), "sensing": sensing.state_dict()}
+            state = {"model": whole.state_dict(), "optimiser": optimiser.state_dict()}
             torch.save(state | {"step": step, "tokens": tokens, "seconds": seconds}, out / "state.new")
             (out / "state.new").replace(out / "state.pt")
     if rank == 0:
@@ -299,8 +334,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--look", type=float, default=8, help="minutes between looks at unseen questions")
     parser.add_argument("--look-at", type=int, default=24, help="how many of each kind")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--text-lr", type=float, default=0.006)
-    parser.add_argument("--tower-lr", type=float, default=0.01)
+    parser.add_argument("--rate", type=float, default=0.008, help="peak learning rate of matrices")
+    parser.add_argument("--start", help="the text model of another run's state.pt, instead of the checkpoint's")
+    parser.add_argument("--fill", type=int, default=300, help="refreshes of the pool before the first step")
     parser.add_argument("--port", type=int, default=0, help="for the two processes to meet on; 0: any free one")
     parser.add_argument("--resume", action="store_true", help="go on from the last save")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)

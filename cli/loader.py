@@ -72,6 +72,6 @@ def demo_notice() -> str:
 
     weights = sum(file.stat().st_size for file in Path(demo.path()).iterdir() if file.is_file())
     return (
-        f"A {size(weights)} demonstration model, trained for this package: it knows mlx-gemma4, small sums "
-        "and what you tell it. For the real thing: gemma4 chat --model e2b"
+        f"A {size(weights)} demonstration model, trained for this package: it knows mlx-gemma4, small sums, "
+        "coloured shapes, beeps and what you tell it. For the real thing: gemma4 chat --model e2b"
     )

@@ -6,7 +6,6 @@ failure means that the graph, the cache, the tokenizer or the weights changed.
 
 import importlib
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -56,9 +55,9 @@ def loaded():
 
 def test_folder_is_small_and_complete():
     sizes = {p.name: p.stat().st_size for p in demo.path().iterdir()}
-    assert sum(sizes.values()) <= 6_000_000
+    assert sum(sizes.values()) <= 8_500_000
     wanted = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
-    assert wanted | {"generation_config.json", "README.md"} <= set(sizes)
+    assert wanted | {"generation_config.json", "processor_config.json", "README.md"} <= set(sizes)
 
 
 def test_every_feature_of_the_e_family_is_on():
@@ -146,7 +145,7 @@ def test_template(tokenizer, messages, options, expected):
     [
         ([user("Hi"), {"role": "narrator", "content": "x"}], "unknown role: narrator"),
         ([user("Hi"), {"role": "system", "content": "late"}], "must be the first"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "reads text only"),
+        ([{"role": "user", "content": [{"type": "smell"}]}], "unknown kind of content: smell"),
     ],
 )
 def test_template_refuses(tokenizer, messages, why):
@@ -323,16 +322,8 @@ def test_wordings_of_the_media_test_are_not_trained(drawn):
                 assert not set(trained) & set(kept)
 
 
-@pytest.fixture(scope="module")
-def grown(world, tmp_path_factory):
-    """The shipped tokenizer with the marks and words of media, as the training with towers makes it."""
-    folder = tmp_path_factory.mktemp("grown")
-    importlib.import_module("grow").main(demo.path(), folder)
-    shutil.copy(TRAINING / "template_media.jinja", folder / "chat_template.jinja")
-    return Tokenizer.from_folder(folder)
-
-
-def test_growing_leaves_the_tokens_of_texts(tokenizer, grown, world):
+def test_words_of_pictures_leave_the_tokens_of_texts(tokenizer, world):
+    """The vocabulary grew by them when the model got eyes: nothing it was taught to read before may look different."""
     import random
 
     def encode(text):
@@ -341,13 +332,13 @@ def test_growing_leaves_the_tokens_of_texts(tokenizer, grown, world):
     rng = random.Random(16)
     for _ in range(200):
         for text, _ in world.segments(world.draw(rng, encode, 200)):
-            assert grown.encode(text, add_special_tokens=False) == encode(text)
-    box = '[{"box_2d": [45, 120, 300, 410], "label": "red circle"}]'
-    ids = grown.encode(box, add_special_tokens=False)
-    assert grown.decode(ids) == box and len(ids) < 30 < len(encode(box))
+            assert max(encode(text), default=0) < 1536, text
+    box = '[{"box_2d": [40, 120, 300, 420], "label": "red circle"}]'
+    ids = encode(box)
+    assert tokenizer.decode(ids) == box and len(ids) < 30 and max(ids) >= 1536
 
 
-def test_media_are_trained_as_the_runtime_sends_them(grown, drawn):
+def test_media_are_trained_as_the_runtime_sends_them(tokenizer, drawn):
     import random
 
     from mlx_gemma4.media.items import Item
@@ -368,17 +359,17 @@ def test_media_are_trained_as_the_runtime_sends_them(grown, drawn):
         (media.clip_items(clip), seeing.watched(rng, clip, False)),
     ):
         row = media.Row()
-        media.add(row, media.dialog(items, asked), lambda t: grown.encode(t, add_special_tokens=False))
+        media.add(row, media.dialog(items, asked), lambda t: tokenizer.encode(t, add_special_tokens=False))
         messages = [user([{"type": item.kind} for item in items] + [{"type": "text", "text": asked[0][1]}])]
         messages += [{"role": "assistant", "content": asked[0][2]}]
         for _, question, answer in asked[1:]:
             messages += [user(question), {"role": "assistant", "content": answer}]
-        text = grown.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
         given = [
             Item(item.kind, "", tuple(Heard(len(p)) if item.kind == "audio" else p for p in item.parts), item.stamps)
             for item in items
         ]
-        prompt = expand(text, given, grown, marks)
+        prompt = expand(text, given, tokenizer, marks)
         assert prompt.ids == row.ids
         assert [(run.start, run.part.tokens) for run in prompt.runs] == [
             (at, media.tokens_of(item.parts[i])) for at, item, i in row.runs

@@ -62,10 +62,7 @@ def calls():
 
 @pytest.fixture(scope="module")
 def source():
-    path = TRAINING / "template_full.jinja"
-    if not path.is_file():
-        pytest.skip("an installed package has no training folder")
-    return path.read_text()
+    return (demo.path() / "chat_template.jinja").read_text()
 
 
 def written(source, messages, tools=None, thinking=False, prompt=False):
@@ -94,16 +91,22 @@ def test_template_writes_tools_as_published(source, messages, prompt, rest):
     assert written(source, messages, [TOOL], True, prompt) == HEAD + rest
 
 
-def test_template_without_tools_is_as_before(source):
-    old = (TRAINING / "template_media.jinja").read_text()
-    picture = {
-        "role": "user",
-        "content": [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}],
-    }
+@pytest.mark.parametrize(
+    ("thinking", "told", "head"),
+    [
+        (False, False, "<bos>"),
+        (True, False, "<bos><|turn>system\n<|think|>\n<turn|>\n"),
+        (False, True, "<bos><|turn>system\ns<turn|>\n"),
+        (True, True, "<bos><|turn>system\n<|think|>\ns<turn|>\n"),
+    ],
+)
+def test_template_writes_pictures_and_leaves_out_thoughts(source, thinking, told, head):
+    parts = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]
     answer = {"role": "assistant", "content": "<|channel>thought\nx<channel|> y "}
-    for messages in ([ASKED], [{"role": "system", "content": " s "}, picture, answer, ASKED]):
-        for thinking in (False, True):
-            assert written(source, messages, None, thinking, True) == written(old, messages, None, thinking, True)
+    messages = [{"role": "system", "content": " s "}] * told + [{"role": "user", "content": parts}, answer, ASKED]
+    tail = "<|turn>user\nTea!<turn|>\n<|turn>model\n"
+    want = head + "<|turn>user\na<|image|>b<turn|>\n<|turn>model\ny<turn|>\n" + tail
+    assert written(source, messages, None, thinking, True) == want
 
 
 def test_template_refuses_arguments_as_text(source):

@@ -1,8 +1,8 @@
 """Tools and JSON: calls from a declaration, answers from a result, and facts of a sentence under named keys.
 
-Owns: conversations of these kinds, in the words of `template_full.jinja` and as messages that templates take, and their
-rows. Leaves tools to `toolbox.py`, sentences and JSON to `forms.py`, both with what is kept for the test, questions
-that no tool serves to `world.py`, and asking a model to `evaluate_calls.py`.
+Owns: conversations of these kinds, in the words of `model/chat_template.jinja` and as messages that templates take, and
+their rows. Leaves tools to `toolbox.py`, sentences and JSON to `forms.py`, both with what is kept for the test,
+questions that no tool serves to `world.py`, and asking a model to `evaluate_calls.py`.
 """
 
 import json
@@ -167,7 +167,7 @@ def _results(message: dict[str, Any], after: dict[str, Any] | None) -> str:
 
 
 def segments(talked: Example) -> Iterator[tuple[str, bool]]:
-    """The conversation as (text, whether the model writes it), as template_full.jinja has it.
+    """The conversation as (text, whether the model writes it), as the chat template has it.
 
     Thinking, the template opens the thought after a result itself, and earlier turns have lost their thoughts: those
     are then not the model's to learn from.

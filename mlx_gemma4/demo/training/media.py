@@ -8,7 +8,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import clips
 import hearing
@@ -23,19 +23,38 @@ from mlx_gemma4.media.images import ProcessedImage, process_image
 from mlx_gemma4.media.mel import log_mel
 
 Encode = Callable[[str], list[int]]
-Aim = tuple[float, ...]
-BOX = re.compile(r'"box_2d": \[(\d+), (\d+), (\d+), (\d+)\]')
+BOX = re.compile(r'"box_2d": \[(\d+), (\d+), (\d+), (\d+)\], "label": "([a-z ]+)"')
 MARKS = re.compile(r"(<\|image\|>|<\|audio\|>|<\|video\|>)")
 DECIDES = 3.0
 DIGITS = (1.0, 0.7, 0.1)  # loss weights of a box's hundreds, tens and ones
 LOOK = ("I look at the picture.", "I listen to the sound.", "I look at the frames.")
 
 
+class Aim(NamedTuple):
+    """What the model should know before a token: `media.aims` says when.
+
+    sides: y1, x1, y2, x2 of a box as shares of the picture, -1 where there is none or it is written already. count: of
+    boxes in the answer, -1 where not asked. thing, run: which thing of which picture in the row, -1 for none. asked:
+    the colour and the shape that the question names, -1 where it names none or several.
+    """
+
+    sides: tuple[float, ...]
+    count: int
+    thing: int
+    run: int
+    asked: tuple[int, int]
+
+
 @dataclass
 class Seen:
-    """What a tower made of a picture, a frame or a sound, before the projector: a tensor [tokens, 128]."""
+    """What a tower made of a picture, a frame or a sound, before the projector: a tensor [tokens, 128].
+
+    rows, columns: of a picture in tokens.
+    """
 
     features: Any
+    rows: int = 0
+    columns: int = 0
 
     @property
     def tokens(self) -> int:
@@ -70,11 +89,12 @@ class Row:
     runs: list[tuple[int, Item, int]] = field(default_factory=list)
     aimed: dict[int, Aim] = field(default_factory=dict)
 
-    def say(self, text: str, ids: list[int], encode: "Encode") -> None:
-        """Adds what the model says."""
-        if text.startswith(("[", "Yes, I see", "No, I see")):
-            begin = len(self.ids) - 1
-            self.aimed |= {begin + i: aim for i, aim in enumerate(aims(text, ids, encode))}
+    def say(self, question: str, text: str, ids: list[int], encode: "Encode", scene: pictures.Scene | None) -> None:
+        """Adds what the model says to a question about a picture of this scene."""
+        if scene is not None:
+            begin, run = len(self.ids) - 1, len(self.runs) - 1
+            new = aims(question, text, ids, encode, scene, run)
+            self.aimed |= {begin + i: aim for i, aim in enumerate(new)}
         self.ids += ids
         self.own += weights(text, ids, encode)
 
@@ -123,7 +143,7 @@ def _item_ids(row: Row, item: Item, encode: Encode) -> None:
 
 def add(row: Row, talk: Dialog, encode: Encode) -> None:
     """Writes a conversation at the end of a row."""
-    items = iter(talk.items)
+    question, items, scene = "", iter(talk.items), talk.items[0].source if talk.items[0].kind == "image" else None
     for text, mine in world.segments(talk.example):
         for piece in MARKS.split(text):
             if MARKS.fullmatch(piece):
@@ -131,8 +151,9 @@ def add(row: Row, talk: Dialog, encode: Encode) -> None:
                 continue
             ids = encode(piece)
             if mine:
-                row.say(piece, ids, encode)
+                row.say(question, piece, ids, encode, scene)
             else:
+                question = piece
                 row.ids += ids
                 row.own += [0.0] * len(ids)
 
@@ -152,21 +173,45 @@ def weights(text: str, ids: list[int], encode: Encode) -> list[float]:
     return out
 
 
-def aims(text: str, ids: list[int], encode: Encode) -> list[Aim]:
-    """What the model should know before each token of an answer: (y1, x1, y2, x2 of the box it is at, how many boxes
-    the answer has). Sides are shares of the picture, -1 once they are written or where there is no box.
+def asked_for(question: str) -> tuple[int, int]:
+    """(number of the colour, number of the shape) that a question names, -1 where it names none or several."""
+    words = re.findall("[a-z]+", question)
+    shapes = {plural: shape for shape, plural in seeing.PLURAL.items()}
+    colours = {w for w in words if w in pictures.COLOURS}
+    named = {shapes.get(w, w) for w in words} & set(pictures.SHAPES)
+    return (
+        list(pictures.COLOURS).index(*colours) if len(colours) == 1 else -1,
+        pictures.SHAPES.index(*named) if len(named) == 1 else -1,
+    )
+
+
+def aims(question: str, text: str, ids: list[int], encode: Encode, scene: pictures.Scene, run: int) -> list[Aim]:
+    """What the model should know before each token of an answer: the box it writes or is about to write, how many
+    boxes there will be, the one thing that an answer in words is about, and what the question named.
     """
-    boxes = [tuple(int(n) / 1000 for n in found) for found in BOX.findall(text)]
-    count = len(boxes) if text[0] == "[" else int(text.startswith("Yes"))
+    found = BOX.findall(text)
+    boxes = [tuple(int(n) for n in box[:4]) for box in found]
+    if text[0] == "[":
+        count = len(boxes)
+        things = [
+            next(i for i, t in enumerate(scene.things) if t.name == label and scene.grid(t) == box)
+            for box, (*_, label) in zip(boxes, found, strict=True)
+        ]
+    else:
+        words = set(re.findall("[a-z]+", text))
+        named = [i for i, t in enumerate(scene.things) if {t.colour, t.shape} <= words]
+        count = int(text[0] == "Y") if text.startswith(("Yes, I see", "No, I see")) else -1
+        things = named if len(named) == 1 else []
     digits, another = {encode(d)[0] for d in "0123456789"}, encode('"}, ')[0]
-    at, seen, out = 0, 0, []
+    at, seen, out, named = 0, 0, [], asked_for(question)
     for i in range(len(ids)):
-        if i and ids[i - 1] == another:
+        if boxes and i and ids[i - 1] == another:
             at, seen = at + 1, 0
-        elif i and ids[i - 1] in digits:
+        elif boxes and i and ids[i - 1] in digits:
             seen += 1
-        sides = boxes[at] if at < len(boxes) else (-1.0,) * 4
-        out.append((*(-1.0 if seen >= 3 * (n + 1) else side for n, side in enumerate(sides)), count))
+        sides = boxes[at] if at < len(boxes) else (-1000,) * 4
+        left = tuple(-1.0 if seen >= 3 * (n + 1) else side / 1000 for n, side in enumerate(sides))
+        out.append(Aim(left, count, things[at] if at < len(things) else -1, run, named))
     return out
 
 
@@ -207,7 +252,7 @@ def picture_row(rng: random.Random, encode: Encode, length: int, items: list[Ite
             row.aimed = {at - (at > before): aim for at, aim in row.aimed.items()}
         while len(row.ids) < until - 12:
             for _, q, a in _asked(rng, item.source):
-                _more(row, q, a, encode)
+                _more(row, q, a, encode, item.source)
                 if len(row.ids) >= until - 12:
                     break
         if n < len(items) - 1 and len(row.ids) > until + 24:  # keep room for the next picture
@@ -216,13 +261,13 @@ def picture_row(rng: random.Random, encode: Encode, length: int, items: list[Ite
     return cut(row, length)
 
 
-def _more(row: Row, question: str, answer: str, encode: Encode) -> None:
+def _more(row: Row, question: str, answer: str, encode: Encode, scene: pictures.Scene | None = None) -> None:
     """Another turn about the same."""
     head = encode(f"{world.TURN}user\n{question}{world.END}\n{world.TURN}model\n")
     said = encode(answer + world.END)
     row.ids += head
     row.own += [0.0] * len(head)
-    row.say(answer, said, encode)
+    row.say(question, answer, said, encode, scene)
     row.ids += encode("\n")
     row.own += [0.0]
 

@@ -213,11 +213,10 @@ WEIGHT = {"shape": 3.0, "colour": 1.5, "rank": 0.7, "centre": 1.0, "count": 0.1,
 SIDES = 8  # numbers asked besides: a thing's edges as shares of the picture, and in tokens from the token's middle
 
 
-def labels(scene: Scene, rows: int, columns: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Classes of each soft token [rows * columns], -100 where nothing is asked, and numbers float [.., SIDES].
+def owners(scene: Scene, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """(which thing each soft token belongs to, -1 for the ground; 1 where the middle of a thing is) [rows * columns].
 
-    rows, columns: of the picture in tokens.
-    A token belongs to the thing whose box covers most of it. rank: the how-manieth from the left, from 1.
+    A token belongs to the thing whose box covers most of it.
     """
     w, h = scene.size
     x0, y0 = np.arange(columns) * w / columns, np.arange(rows) * h / rows
@@ -231,17 +230,28 @@ def labels(scene: Scene, rows: int, columns: int) -> tuple[dict[str, np.ndarray]
         centre[at] = 1
         cover[-1][at] += 1
     cover = np.stack(cover)
-    owner = np.where(cover.max(0) > 0.12, cover.argmax(0), -1)
+    return np.where(cover.max(0) > 0.12, cover.argmax(0), -1), centre
+
+
+def labels(scene: Scene, rows: int, columns: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Classes of each soft token [rows * columns], -100 where nothing is asked, and numbers float [.., SIDES].
+
+    rows, columns: of the picture in tokens.
+    rank: the how-manieth from the left, from 1.
+    """
+    owner, centre = owners(scene, rows, columns)
+    w, h = scene.size
     shapes = np.array([*(SHAPES.index(t.shape) + 1 for t in scene.things), 0])
     colours = np.array([*(list(COLOURS).index(t.colour) + 1 for t in scene.things), 0])
     ranks = np.array([*range(1, len(scene.things) + 1), 0])
     out = {"shape": shapes[owner], "colour": colours[owner], "rank": ranks[owner], "centre": centre}
-    out["count"] = np.full(n, len(scene.things))
+    out["count"] = np.full(rows * columns, len(scene.things))
     for i, name in enumerate(COORDINATES):
         value = np.array([*(scene.grid(t)[i] for t in scene.things), 0])
         for suffix, unit in (("a", 100), ("f", STEP)):
             out[name + suffix] = np.where(owner < 0, -100, (value // unit)[owner])
     edges = np.array([*((t.box[1] / h, t.box[0] / w, t.box[3] / h, t.box[2] / w) for t in scene.things), (0, 0, 0, 0)])
-    middle = np.stack([(y0 / h + 0.5 / rows).repeat(columns), np.tile(x0 / w + 0.5 / columns, rows)] * 2, axis=-1)
+    y, x = (np.arange(rows) + 0.5) / rows, (np.arange(columns) + 0.5) / columns
+    middle = np.stack([y.repeat(columns), np.tile(x, rows)] * 2, axis=-1)
     shares = edges[owner]
     return out, np.concatenate([shares, (shares - middle) * np.array([rows, columns] * 2)], axis=-1)

@@ -53,7 +53,10 @@ class Pool:
             look = self.look if budget == 70 else self.eyes.look
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 made = look(*towers.batch_images(filled, budget * towers.PATCHES))
-            out += [media.Seen(made[i, : part.tokens].float()) for i, part in enumerate(some)]
+            out += [
+                media.Seen(made[i, : part.tokens].float(), part.rows // 3, part.columns // 3)
+                for i, part in enumerate(some)
+            ]
         return out
 
     @torch.no_grad()

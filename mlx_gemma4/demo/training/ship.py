@@ -4,7 +4,7 @@
 
 Owns: the steps after training. The checkpoint, that of `train.py` or `export.py`, is converted like any other Hugging
 Face folder, which packs the text decoder and leaves towers in bfloat16. The template and the model card stay as they
-are; `template_media.jinja` is the one for a model with towers.
+are.
 """
 
 import argparse

@@ -10,6 +10,7 @@ they are: what a tower makes of a picture then need not be made again for every 
 """
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -23,6 +24,7 @@ import judging
 import media
 import model as small
 import muon
+import pictures
 import pool
 import torch
 import torch.distributed as dist
@@ -35,6 +37,7 @@ from grow import VOCABULARY
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import nn
+from transformers.models.gemma4.modeling_gemma4 import apply_rotary_pos_emb
 
 WORKERS = 2
 ROW = 512
@@ -47,7 +50,8 @@ LONG = {1024: 4, 2048: 2, 4096: 1}
 OTHERS_WEIGHT = 0.05
 SOFT_CAP = small.TEXT["final_logit_softcapping"]
 COUNTS = 5  # boxes of an answer: none to four
-SIDES_WEIGHT, COUNT_WEIGHT = 8.0, 0.5
+SIDES_WEIGHT, COUNT_WEIGHT, LOOK_WEIGHT, NAME_WEIGHT = 1.5, 0.2, 0.6, 0.15
+LOOKING, LOOKING_HEADS = (4, 6), 2  # global layers that share keys, and how many heads of each are shown where to look
 FAST = ("text", "picture", "clip", "sound")  # kinds whose shapes are worth compiling
 
 
@@ -58,24 +62,54 @@ class Whole(nn.Module):
         super().__init__()
         self.text = small.build(0, VOCABULARY)
         self.eyes, self.ears = towers.Eyes(), towers.Ears()
-        self.probe = nn.Linear(towers.WIDTH, 4 + COUNTS)  # for `aim_loss`; used in training only
+        self.read: dict[int, torch.Tensor] = {}
+        for number in LOOKING:
+            attention = self.text.model.layers[number].self_attn
+            attention.register_forward_pre_hook(functools.partial(self._note, number), with_kwargs=True)
+        # For `aim_losses`; used in training only.
+        self.probe = nn.Linear(towers.WIDTH, 4 + COUNTS)
+        self.names = nn.Linear(towers.WIDTH, len(pictures.COLOURS) + len(pictures.SHAPES))
 
     def forward(
         self, ids: torch.Tensor, soft: torch.Tensor, features: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(logits, last hidden state); where `soft` holds, `features` stand in place of embeddings and the per-layer
-        ids are padding."""
+    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+        """(logits, last hidden state, what the attention of the LOOKING layers reads); where `soft` holds, `features`
+        stand in place of embeddings and the per-layer ids are padding."""
         decoder = self.text.model
         known = torch.where(soft, 0, ids)
         embeds = torch.where(soft[..., None], features, decoder.embed_tokens(known))
         per_layer = decoder.get_per_layer_inputs(known, None)
         hidden = decoder(inputs_embeds=embeds, per_layer_inputs=per_layer, use_cache=False).last_hidden_state
         logits = self.text.lm_head(hidden)
-        return SOFT_CAP * torch.tanh(logits / SOFT_CAP), hidden
+        return SOFT_CAP * torch.tanh(logits / SOFT_CAP), hidden, [self.read[number] for number in LOOKING]
+
+    def _note(self, number: int, _module: nn.Module, _args: tuple, kwargs: dict) -> None:
+        self.read[number] = kwargs["hidden_states"]
+
+    def looks(self, read: list[torch.Tensor], where: list[tuple[int, int]]) -> list[torch.Tensor]:
+        """Scores of the first LOOKING_HEADS heads, [N, heads, L], of the LOOKING layers at N places (row, position).
+
+        read: of `forward`. As in transformers' Gemma4TextAttention; these layers share the keys of the first.
+        """
+        decoder = self.text.model
+        row, position = torch.tensor(where).T
+        length = read[0].shape[1]
+        cos, sin = decoder.rotary_emb(read[0], torch.arange(length)[None], "full_attention")
+        first = decoder.layers[LOOKING[0]].self_attn
+        keys = apply_rotary_pos_emb(first.k_norm(first.k_proj(read[0])[:, :, None]), cos, sin, unsqueeze_dim=2)
+        future = torch.arange(length)[None, None] > position[:, None, None]
+        out = []
+        for number, x in zip(LOOKING, read, strict=True):
+            attention = decoder.layers[number].self_attn
+            queries = attention.q_norm(attention.q_proj(x[row, position]).view(len(row), -1, attention.head_dim))
+            queries = apply_rotary_pos_emb(queries[:, :LOOKING_HEADS], cos[0, position], sin[0, position], 1)
+            scores = torch.einsum("nhd,nld->nhl", queries, keys[row, :, 0]) * attention.scaling
+            out.append(scores.float().masked_fill(future, -torch.inf))
+        return out
 
     def taught(self) -> list[nn.Module]:
         """What is trained here."""
-        return [self.text, self.eyes.embed_vision, self.ears.embed_audio, self.probe]
+        return [self.text, self.eyes.embed_vision, self.ears.embed_audio, self.probe, self.names]
 
 
 def grown(folder: Path, out: Path, whole: Whole) -> None:
@@ -162,12 +196,12 @@ class Worker:
             total, weights = total + one, weights + weight
             if kind != "long":
                 said[kind] = float(one.detach()) / weight
-            if aim is not None:
-                aims, said["aim"] = aims + aim, float(aim.detach())
+            for name, value in aim.items():
+                aims, said[name] = aims + value, float(value.detach())
         return total / weights + aims, said
 
-    def _sum(self, rows: list[media.Row], run) -> tuple[torch.Tensor, float, torch.Tensor | None]:
-        """(weighted sum of losses, sum of weights, loss of aims if there are any) of equally long rows."""
+    def _sum(self, rows: list[media.Row], run) -> tuple[torch.Tensor, float, dict[str, torch.Tensor]]:
+        """(weighted sum of losses, sum of weights, losses of aims if there are any) of equally long rows."""
         ids = torch.tensor([r.ids for r in rows])
         features, soft = torch.zeros(*ids.shape, towers.WIDTH), torch.zeros(ids.shape, dtype=torch.bool)
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -181,32 +215,56 @@ class Worker:
                 made = projector(torch.cat([part for *_, part in runs]))
                 features = features.index_put((row, column), made.float())
                 soft[row, column] = True
-            logits, hidden = run(ids, soft, features)
+            logits, hidden, read = run(ids, soft, features)
         own = torch.tensor([r.own for r in rows])
         target, weight = ids[:, 1:].reshape(-1), own[:, 1:].reshape(-1)
         weight = torch.where(weight == 0, OTHERS_WEIGHT, weight).clamp(min=0)
         losses = nnf.cross_entropy(logits[:, :-1].float().reshape(target.numel(), -1), target, reduction="none")
         where = [(b, at) for b, row in enumerate(rows) for at in row.aimed]
         if not where:
-            return (losses * weight).sum(), float(weight.sum()), None
-        known = self.whole.probe(hidden[tuple(torch.tensor(where).T)].float())
-        return (
-            (losses * weight).sum(),
-            float(weight.sum()),
-            aim_loss(known, [a for r in rows for a in r.aimed.values()]),
-        )
+            return (losses * weight).sum(), float(weight.sum()), {}
+        aims = [aim for row in rows for aim in row.aimed.values()]
+        row, position = torch.tensor(where).T
+        known, names = self.whole.probe(hidden[row, position].float()), self.whole.names(read[0][row, position].float())
+        said = aim_losses(known, names, aims)
+        # Once one side is written it says which thing is meant.
+        asked = [
+            (place, aim) for place, aim in zip(where, aims, strict=True)
+            if aim.thing >= 0 and (aim.sides[0] >= 0 or (max(aim.sides) < 0 and aim.count < 1))
+        ]  # fmt: skip
+        if asked:
+            mine = torch.zeros(len(asked), 1, ids.shape[1], dtype=torch.bool)
+            for n, ((b, _), aim) in enumerate(asked):
+                at, item, i = rows[b].runs[aim.run]
+                part = item.parts[i]
+                owner, _ = pictures.owners(item.source, part.rows, part.columns)
+                mine[n, 0, at : at + len(owner)] = torch.from_numpy(owner == aim.thing)
+            each = [
+                (scores.logsumexp(-1) - scores.masked_fill(~mine, -torch.inf).logsumexp(-1)).mean()
+                for scores in self.whole.looks(read, [place for place, _ in asked])
+            ]
+            said["look"] = LOOK_WEIGHT * sum(each) / len(each)
+        return (losses * weight).sum(), float(weight.sum()), said
 
 
-def aim_loss(known: torch.Tensor, aims: list[media.Aim]) -> torch.Tensor:
-    """How far the model is from knowing, before it writes a box, its sides and how many there are.
+def aim_losses(known: torch.Tensor, names: torch.Tensor, aims: list[media.Aim]) -> dict[str, torch.Tensor]:
+    """How far the model is from knowing, before it writes a box, its sides, how many there are and what was asked for.
 
-    known: [N, 4 + COUNTS]. The digits alone teach where to look in the picture only a few positions at a time.
+    known: [N, 4 + COUNTS]. names: [N, colours + shapes], of what the first LOOKING layer reads. The digits alone teach
+    where to look in the picture only a few positions at a time.
     """
-    target = torch.tensor(aims)
-    sides, asked = target[:, :4], target[:, :4] >= 0
-    off = nnf.smooth_l1_loss(known[:, :4][asked], sides[asked], beta=0.02) if asked.any() else torch.zeros(())
-    counts = nnf.cross_entropy(known[:, 4:], target[:, 4].long())
-    return SIDES_WEIGHT * off + COUNT_WEIGHT * counts
+    out, sides, counts = {}, torch.tensor([a.sides for a in aims]), torch.tensor([a.count for a in aims])
+    first = (sides[:, 0] >= 0) | (counts < 1)
+    if (asked := sides >= 0).any():
+        out["sides"] = SIDES_WEIGHT * nnf.smooth_l1_loss(known[:, :4][asked], sides[asked], beta=0.02)
+    if (asked := counts >= 0).any():
+        out["count"] = COUNT_WEIGHT * nnf.cross_entropy(known[asked, 4:], counts[asked])
+    colours, shapes = torch.tensor([a.asked for a in aims]).T
+    n = len(pictures.COLOURS)
+    for part, target in ((names[:, :n], colours), (names[:, n:], shapes)):
+        if (asked := (target >= 0) & first).any():
+            out["name"] = out.get("name", 0.0) + NAME_WEIGHT * nnf.cross_entropy(part[asked], target[asked])
+    return out
 
 
 @torch.no_grad()

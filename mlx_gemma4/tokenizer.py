@@ -11,8 +11,7 @@ this object.
 """
 
 import json
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +62,7 @@ class Tokenizer:
         self.pad_token_id = self.token_id(self.pad_token)
         own_eos = () if self.eos_token_id is None else (self.eos_token_id,)
         self.eos_token_ids = set(eos_token_ids) or set(own_eos)
+        self._vocabularies: dict[tuple[Any, ...], Any] = {}
         self.special_ids = frozenset(i for i, t in self._raw.get_added_tokens_decoder().items() if t.special)
         self._start = self.bos_token_id if special.get("add_bos_token", True) else None
         self.chat_template = chat_template
@@ -136,19 +136,27 @@ class Tokenizer:
         """The id of exactly this token, or None."""
         return None if token is None else self._raw.token_to_id(token)
 
-    @cached_property
+    @property
     def constraint_vocabulary(self) -> Any:
         """The vocabulary as llguidance reads it (an `LLTokenizer`); a second or so for 262,144 tokens, made once."""
         from llguidance import LLTokenizer
 
-        return LLTokenizer(self._raw.to_str(), eos_token=sorted(self.eos_token_ids))
+        return self._for_stops("all", lambda stops: LLTokenizer(self._raw.to_str(), eos_token=stops))
 
-    @cached_property
+    @property
     def byte_vocabulary(self) -> Any:
         """Bytes and special tokens alone, see `endings.py`; made once."""
         from .endings import byte_vocabulary
 
-        return byte_vocabulary(self)
+        return self._for_stops("bytes", lambda _: byte_vocabulary(self))
+
+    def _for_stops(self, kind: str, make: Callable[[list[int]], Any]) -> Any:
+        """Vocabularies hold the stop ids, which a caller may change."""
+        stops = sorted(self.eos_token_ids)
+        key = (kind, *stops)
+        if key not in self._vocabularies:
+            self._vocabularies[key] = make(stops)
+        return self._vocabularies[key]
 
     def convert_tokens_to_ids(self, tokens: str | list[str]) -> Any:
         return self.token_id(tokens) if isinstance(tokens, str) else [self.token_id(t) for t in tokens]

@@ -273,7 +273,6 @@ MIX = [SCHEMAS["flat"], None, {"type": "regex", "regex": REGEX}, SCHEMAS["shapes
 
 @pytest.mark.parametrize("size", [2, 6])
 def test_rows_keep_their_own_forms_and_thoughts(loaded, size):
-    pytest.importorskip("llguidance")
     from mlx_gemma4.structured import grammar_for
 
     model, tokenizer = loaded()
@@ -311,7 +310,6 @@ def test_rows_keep_their_own_forms_and_thoughts(loaded, size):
 
 
 def test_a_form_streams_and_one_is_for_all(loaded):
-    pytest.importorskip("llguidance")
     model, tokenizer = loaded()
     tokenizer.eos_token_ids = {1, 106}
     events = list(stream_batch(model, tokenizer, PROMPTS[:5], response_formats=SCHEMAS["array bounded"], max_tokens=40))
@@ -323,7 +321,6 @@ def test_a_form_streams_and_one_is_for_all(loaded):
 
 
 def test_messages_with_tools_and_a_call(loaded):
-    pytest.importorskip("llguidance")
     model, tokenizer = loaded()
     tokenizer.eos_token_ids = {1, 106}
 
@@ -351,7 +348,6 @@ def test_messages_with_tools_and_a_call(loaded):
 
 
 def test_what_goes_wrong_in_a_row_is_its_own_error(loaded, monkeypatch):
-    pytest.importorskip("llguidance")
     from mlx_gemma4.structured import GrammarGuide
 
     model, tokenizer = loaded()
@@ -414,8 +410,6 @@ def test_llguidance_comes_with_the_first_form_only(clean_python):
 )
 def test_unusable_arguments(loaded, prompts, options, says):
     model, tokenizer = loaded()
-    if "response_formats" in options:
-        pytest.importorskip("llguidance")
     spy = Spy(model)
     with pytest.raises(UsageError, match=says) as error:
         generate_batch(spy, tokenizer, prompts, **options)

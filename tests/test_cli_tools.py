@@ -231,7 +231,6 @@ def test_the_command_runs_tools_without_a_terminal(gemma4: Run, says: Callable):
 def test_tools_of_a_server(gemma4: Run, says: Callable):  # noqa: F811
     import sys
 
-    pytest.importorskip("mcp", reason="the mcp package is not installed")
     says("<|tool_call>call:add{a:4,b:5}<tool_call|>", "Nine.")
     ran = gemma4("chat", "4 + 5?", "--mcp", f"{sys.executable} {HERE / 'mcp_server.py'}", "--yes", *GREEDY)
     assert ran.code == 0 and ran.out == "Nine.\n"

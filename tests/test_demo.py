@@ -4,21 +4,17 @@ The behaviours are asked on held-out questions. Each threshold lies well below t
 failure means that the graph, the cache, the tokenizer or the weights changed.
 """
 
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from training_world import training_modules
 
 from mlx_gemma4 import demo
 from mlx_gemma4.config import Gemma4Config
 from mlx_gemma4.errors import TokenizerError
 from mlx_gemma4.tokenizer import Tokenizer
 
-TRAINING = Path(demo.__file__).parent / "training"
-MODULES = ("world", "facts", "general", "sums", "recall", "rules", "talk", "pictures", "sounds", "clips", "seeing")
-MODULES += ("hearing", "judging", "media", "grow")
 # The real Gemma 4 ids that the stop ids, the turns and the thoughts rest on.
 REAL_IDS = {
     "<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "<mask>": 4, "<|tool>": 46, "<tool|>": 47, "<|tool_call>": 48,
@@ -33,17 +29,16 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
-def world():
-    """The generator of the training world, which is in the repository but not in the wheel."""
-    if not TRAINING.is_dir():
-        pytest.skip("an installed package has no training folder")
-    hidden = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}
-    sys.path.insert(0, str(TRAINING))
-    yield importlib.import_module("world")
-    sys.path.remove(str(TRAINING))
-    for name in MODULES:
-        sys.modules.pop(name, None)
-    sys.modules.update(hidden)
+def modules():
+    names = ("world", "pictures", "sounds", "clips", "seeing", "hearing", "judging", "media", "grow")
+    with training_modules(*names) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def world(modules):
+    """The generator of the texts."""
+    return modules["world"]
 
 
 @pytest.fixture(scope="module")
@@ -225,10 +220,9 @@ def test_results_are_reported():
 
 
 @pytest.fixture(scope="module")
-def drawn(world):
-    """The generators of pictures, sounds and clips."""
-    names = ("pictures", "sounds", "clips", "seeing", "hearing", "judging")
-    return {name: importlib.import_module(name) for name in names}
+def drawn(modules):
+    """The generators of pictures, sounds and clips, and what goes with them."""
+    return modules
 
 
 def test_pictures_hold_what_their_labels_say(drawn):
@@ -344,8 +338,8 @@ def test_media_are_trained_as_the_runtime_sends_them(tokenizer, drawn):
     from mlx_gemma4.media.items import Item
     from mlx_gemma4.media.prompt import Marks, expand
 
-    media, clips, seeing = importlib.import_module("media"), drawn["clips"], drawn["seeing"]
-    ids = importlib.import_module("grow").MARKS
+    media, clips, seeing = drawn["media"], drawn["clips"], drawn["seeing"]
+    ids = drawn["grow"].MARKS
     marks = Marks(
         image=ids["<|image|>"], audio=ids["<|audio|>"], video=ids["<|video|>"],
         boi=ids["<|image>"], eoi=ids["<image|>"], boa=ids["<|audio>"], eoa=ids["<audio|>"],

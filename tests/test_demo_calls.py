@@ -3,13 +3,11 @@
 Needs no model. The expected texts are those of the published E2B and E4B template, written out.
 """
 
-import importlib
 import json
 import random
-import sys
-from pathlib import Path
 
 import pytest
+from training_world import training_modules
 
 from mlx_gemma4 import demo
 from mlx_gemma4.errors import TokenizerError
@@ -17,8 +15,6 @@ from mlx_gemma4.template import render
 from mlx_gemma4.tokenizer import Tokenizer
 from mlx_gemma4.tools import Tool
 
-TRAINING = Path(demo.__file__).parent / "training"
-MODULES = ("calls", "toolbox", "forms", "world", "facts", "general", "sums", "recall", "rules", "talk")
 TOOL = {"type": "function", "function": {"name": "order", "description": "Orders.", "parameters": {
     "type": "object", "required": ["what"], "properties": {
         "what": {"type": "string", "description": "A thing.", "enum": ["tea", "rice"]},
@@ -48,16 +44,9 @@ NATIVE = [{"name": "order", "response": {"b": "x", "a": 1.5}}]
 
 @pytest.fixture(scope="module")
 def calls():
-    """The training's tools, which are in the repository but not in the wheel."""
-    if not TRAINING.is_dir():
-        pytest.skip("an installed package has no training folder")
-    hidden = {name: sys.modules.pop(name) for name in MODULES if name in sys.modules}
-    sys.path.insert(0, str(TRAINING))
-    yield importlib.import_module("calls")
-    sys.path.remove(str(TRAINING))
-    for name in MODULES:
-        sys.modules.pop(name, None)
-    sys.modules.update(hidden)
+    """The training's tools."""
+    with training_modules("calls") as found:
+        yield found["calls"]
 
 
 @pytest.fixture(scope="module")
@@ -166,8 +155,8 @@ def test_test_side_is_not_in_the_training(calls):
 
 def test_json_is_what_the_schema_says(calls):
     import forms
+    import jsonschema
 
-    jsonschema = pytest.importorskip("jsonschema")
     for talked in calls.test_set("json", 80):
         wanted = json.loads(talked.answer)
         assert list(wanted.items()) == list(talked.notes["wanted"].items())

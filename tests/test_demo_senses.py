@@ -5,34 +5,23 @@ for the test. Each threshold lies below the accuracy in the model card, so a fai
 its features or the weights changed.
 """
 
-import importlib
 import json
 import random
-import sys
 from pathlib import Path
 
 import pytest
+from training_world import training_modules
 
-from mlx_gemma4 import Chat, Engine, demo, load
+from mlx_gemma4 import Chat, Engine, load
 from mlx_gemma4.cli.app import run
 from mlx_gemma4.detect import detect
 from mlx_gemma4.tools import run_turn
 
-TRAINING = Path(demo.__file__).parent / "training"
-
 
 @pytest.fixture(scope="module")
 def makers():
-    """The generators, which are in the repository but not in the wheel."""
-    if not TRAINING.is_dir():
-        pytest.skip("an installed package has no training folder")
-    before = set(sys.modules)
-    sys.path.insert(0, str(TRAINING))
-    yield {name: importlib.import_module(name) for name in ("pictures", "media", "judging", "evaluate_media")}
-    sys.path.remove(str(TRAINING))
-    for name in set(sys.modules) - before:
-        if str(TRAINING) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
+    with training_modules("pictures", "media", "judging", "evaluate_media") as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

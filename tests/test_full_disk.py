@@ -39,7 +39,7 @@ def namespace(tmp_path_factory) -> list[str]:
             said.append(f"{' '.join(words)}: {e.strerror}")
         except subprocess.CalledProcessError as e:
             said.append(f"{' '.join(words)}: {e.stderr.strip()}")
-    pytest.skip(f"no tmpfs can be mounted here ({'; '.join(said)})")
+    pytest.skip(f"no tmpfs can be mounted here; run as root or where user namespaces are allowed ({'; '.join(said)})")
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -17,8 +17,6 @@ from mlx_gemma4.mcp_tools import McpServer, _parts, _read_command
 from mlx_gemma4.media.items import MediaSettings, load_items
 from mlx_gemma4.tools import ToolResult, answer
 
-pytest.importorskip("mcp", reason="the mcp package is not installed")
-
 SCRIPT = str(Path(__file__).parent / "mcp_server.py")
 
 

@@ -11,12 +11,10 @@ import jsonschema
 import mlx.core as mx
 import numpy as np
 import pytest
+from llguidance import LLMatcher
 from schemas import NODE, SCHEMAS, tell, thing
 from scripted import ScriptedModel
 from tiny import make_tiny
-
-pytest.importorskip("llguidance")
-from llguidance import LLMatcher
 
 from mlx_gemma4 import Chat, load
 from mlx_gemma4.endings import Endings
@@ -193,7 +191,8 @@ def test_a_json_object(loaded, form):
 
 
 def test_a_pydantic_model(loaded):
-    pydantic = pytest.importorskip("pydantic")
+    import pydantic
+
     City = pydantic.create_model("City", name=(str, ...), people=(int, ...), near=(list[str], []))
     model, tokenizer = loaded
     events, _ = tell(model, tokenizer, prompt_for(tokenizer, False), City, most=80)
@@ -371,3 +370,15 @@ def test_a_sampler_that_ignores_the_mask_is_told(loaded):
     steps = generate_step(mx.array([2, 107]), model, max_tokens=5, sampler=lambda p: mx.array([letter]), guide=guide)
     with pytest.raises(Gemma4Error, match="ignored the mask"):
         list(steps)
+
+
+def test_vocabularies_follow_the_stop_ids():
+    from mlx_gemma4 import demo
+    from mlx_gemma4.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_folder(demo.path())
+    first, few = tokenizer.constraint_vocabulary, tokenizer.byte_vocabulary
+    assert tokenizer.constraint_vocabulary is first and tokenizer.byte_vocabulary is few
+    tokenizer.eos_token_ids = {107}
+    assert tokenizer.constraint_vocabulary.eos_token == tokenizer.byte_vocabulary.eos_token == 107
+    assert first.eos_token != 107

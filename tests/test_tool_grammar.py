@@ -6,10 +6,8 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
-from tiny import write_tokenizer
-
-pytest.importorskip("llguidance")
 from llguidance import LLMatcher
+from tiny import write_tokenizer
 
 from mlx_gemma4.errors import UsageError
 from mlx_gemma4.events import Malformed, ToolCall

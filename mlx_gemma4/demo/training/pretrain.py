@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.016, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--start", type=Path, help="go on from the eyes of another eyes.pt or state.pt")
+    parser.add_argument("--start", type=Path, help="an eyes.pt to go on from, with a clock of its own")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
@@ -88,9 +88,7 @@ def main() -> None:
         optimiser.load_state_dict(state["optimiser"])
         before, step = state["seconds"], state["step"]
     elif args.start:
-        state = torch.load(args.start, weights_only=True)["model"]
-        state = {name.replace("sees.", "heads."): value for name, value in state.items()}
-        whole.load_state_dict({name: state[name] for name in whole.state_dict()})
+        whole.load_state_dict(torch.load(args.start, weights_only=True)["model"])
     fast = torch.compile(eyes, dynamic=False)
     rng = random.Random(f"pretrain/{args.seed}/{step}")
     begin, smooth, saved = time.time() - before, {}, time.time()

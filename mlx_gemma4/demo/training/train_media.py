@@ -4,9 +4,10 @@
     python pretrain.py OUT & python pretrain_ears.py OUT; wait
     python train_media.py OUT --text TEXT_CHECKPOINT [--minutes 60]
 
-Owns: the mixture (texts of `world.rows`, tool calls of `calls.rows`, and what `pool.py` has looked at), the schedule,
-which runs by the clock, and the saving. Two processes average their gradients, as in `train.py`. The towers stay as
-they are: what a tower makes of a picture then need not be made again for every question.
+Owns: the mixture (texts of `world.rows`, tool calls of `calls.rows`, and what `pool.py` has looked at), what is taught
+besides the next token (`aim_losses`, `Whole.looks`), the schedule, which runs by the clock, and the saving. Two
+processes average their gradients, as in `train.py`. The towers stay as they are: what a tower makes of a picture then
+need not be made again for every question.
 """
 
 import argparse
@@ -56,7 +57,7 @@ FAST = ("text", "picture", "clip", "sound")  # kinds whose shapes are worth comp
 
 
 class Whole(nn.Module):
-    """Everything that is trained."""
+    """The model, and the linear maps that `aim_losses` reads it with."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ from typing import Any
 
 from . import template
 from .detokenizer import DecoderDetokenizer, StreamingDetokenizer, is_gemma_decoder
-from .errors import TokenizerError
+from .errors import TokenizerError, UsageError
 
 # generation_config.json of every published Gemma 4 (-it and base); used where a folder has no such file.
 PUBLISHED_DEFAULTS = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 64}
@@ -151,8 +151,12 @@ class Tokenizer:
         return self._for_stops("bytes", lambda _: byte_vocabulary(self))
 
     def _for_stops(self, kind: str, make: Callable[[list[int]], Any]) -> Any:
-        """Vocabularies hold the stop ids, which a caller may change."""
+        """Vocabularies hold the stop ids, which a caller may change. Raises UsageError where there are none."""
         stops = sorted(self.eos_token_ids)
+        if not stops:
+            raise UsageError(
+                "no token ends an answer, so none can be held to a form; set the tokenizer's eos_token_ids"
+            )
         key = (kind, *stops)
         if key not in self._vocabularies:
             self._vocabularies[key] = make(stops)

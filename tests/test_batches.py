@@ -410,6 +410,7 @@ def test_llguidance_comes_with_the_first_form_only(clean_python):
 )
 def test_unusable_arguments(loaded, prompts, options, says):
     model, tokenizer = loaded()
+    tokenizer.eos_token_ids = {1}
     spy = Spy(model)
     with pytest.raises(UsageError, match=says) as error:
         generate_batch(spy, tokenizer, prompts, **options)

@@ -382,3 +382,6 @@ def test_vocabularies_follow_the_stop_ids():
     tokenizer.eos_token_ids = {107}
     assert tokenizer.constraint_vocabulary.eos_token == tokenizer.byte_vocabulary.eos_token == 107
     assert first.eos_token != 107
+    tokenizer.eos_token_ids = set()
+    with pytest.raises(UsageError, match="no token ends an answer"):
+        _ = tokenizer.constraint_vocabulary

@@ -9,12 +9,20 @@ ones, gated and private repositories. Every request is in `requests`.
 import base64
 import hashlib
 import json
+import os
 import re
 import socket
 import threading
 import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+
+def environment(home: Path, url: str, **more: str) -> dict[str, str]:
+    """The variables of a process that knows this Hub only, with its own HF_HOME and no token."""
+    keep = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
+    return keep | {"HF_HOME": str(home / "hf"), "HF_ENDPOINT": url, "HOME": str(home), **more}
 
 
 @dataclass

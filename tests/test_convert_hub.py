@@ -4,7 +4,6 @@ Every case runs in a process of its own, because the client reads its environmen
 """
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 import tiny
-from hub_server import Hub
+from hub_server import Hub, environment
 from test_convert_q4_0 import qat
 
 from mlx_gemma4.conversions.convert import convert
@@ -59,15 +58,8 @@ def hub(folder):
 def gemma4(hub, tmp_path):
     """gemma4(*arguments) -> the finished process, with its own HF_HOME and no token."""
 
-    def command(*arguments, prelude="", **environment):
-        keep = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
-        keep |= {
-            "HF_HOME": str(tmp_path / "hf"),
-            "HF_ENDPOINT": hub.url,
-            "HOME": str(tmp_path),
-            "PYTHONPATH": str(ROOT),
-        }
-        keep |= {"HF_HUB_DISABLE_XET": "1", **environment}
+    def command(*arguments, prelude="", **more):
+        keep = environment(tmp_path, hub.url, PYTHONPATH=str(ROOT), HF_HUB_DISABLE_XET="1", **more)
         code = f"import sys\n{prelude}\nfrom mlx_gemma4.cli.app import run\nsys.exit(run(sys.argv[1:]))"
         return [sys.executable, "-c", code, *map(str, arguments)], {
             "env": keep,

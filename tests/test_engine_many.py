@@ -1,7 +1,7 @@
 """Engines among many: callers at once, two engines, an event loop that must go on, and programs that end in the middle.
 
 `crowd` is also how the figures are made: `python tests/test_engine_many.py 500` prints answers, memory and how long the
-event loop stood still.
+event loop stood still, beside a process that does nothing: a virtual machine pauses, too.
 """
 
 import asyncio
@@ -10,6 +10,7 @@ import random
 import resource
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from contextlib import aclosing, closing
@@ -41,11 +42,35 @@ def truth_of(folder, sampling=GREEDY):
 
 
 async def heartbeat(gaps, every=0.005):
-    """How much later than asked for the event loop comes back, in seconds."""
+    """When the event loop came back, and how much later than asked for, in seconds."""
     while True:
         begin = time.perf_counter()
         await asyncio.sleep(every)
-        gaps.append(time.perf_counter() - begin - every)
+        now = time.perf_counter()
+        gaps.append((now, now - begin - every))
+
+
+# A process that does nothing else, to tell what the machine is late by anyway.
+IDLE = "import asyncio, test_engine_many as t\nclass Out:\n def append(s, gap): print(*gap, flush=True)\n"
+IDLE += "asyncio.run(t.heartbeat(Out()))"
+
+
+def beyond(gaps, idle):
+    """Each gap less the longest of the idle process that ended while it lasted, or up to 2 ms later; both in order."""
+    out, at = [], 0
+    for now, late in gaps:
+        while at < len(idle) and idle[at][0] < now - late:
+            at += 1
+        same = [i for t, i in idle[at : at + 100] if t < now + 0.002]
+        out.append(max(0.0, late - max(same, default=0.0)))
+    return out
+
+
+def test_beyond_what_the_machine_is_late_by():
+    idle = [(1.0, 0.001), (2.0, 0.05), (2.5, 0.001)]
+    assert beyond([(1.001, 0.03), (2.001, 0.06), (2.499, 0.02), (3, 0.02)], idle) == pytest.approx(
+        [0.029, 0.01, 0.019, 0.02]
+    )
 
 
 def crowd(engine, truth, requests, cancelled=0.2, sampling=GREEDY, seed=0):
@@ -205,7 +230,7 @@ def test_the_event_loop_goes_on(folder):
         beat.cancel()
 
     asyncio.run(main())
-    assert len(gaps) > 100 and max(gaps) < 0.8
+    assert len(gaps) > 100 and max(late for _, late in gaps) < 0.8
 
 
 # The end of the program
@@ -284,8 +309,6 @@ def test_exit_in_an_answer_ten_times(folder):
 
 def _figures(requests):
     """Prints what a crowd of so many requests comes to."""
-    import tempfile
-
     folder = checkpoint(Path(tempfile.mkdtemp()) / "tiny")
     truth = truth_of(folder)
     with Engine(folder) as engine:
@@ -299,16 +322,26 @@ def _figures(requests):
         crowd(engine, truth, 40, seed=99)
         print(f"before: {memory()}, {threading.active_count()} threads")
         gaps, started, done = [], time.perf_counter(), [0, 0]
-        for part in range(max(1, requests // 100)):
-            finished, given_up, wrong, some = crowd(engine, truth, min(100, requests), seed=100 * part)
-            assert not wrong, wrong
-            done = [done[0] + len(finished), done[1] + len(given_up)]
-            gaps += some
-            print(f"after {sum(done)}: {memory()}, {threading.active_count()} threads")
-        gaps.sort()
+        with tempfile.TemporaryFile("w+") as out:
+            with subprocess.Popen([sys.executable, "-c", IDLE], stdout=out, cwd=Path(__file__).parent) as idle:
+                for part in range(max(1, requests // 100)):
+                    finished, given_up, wrong, some = crowd(engine, truth, min(100, requests), seed=100 * part)
+                    assert not wrong, wrong
+                    done = [done[0] + len(finished), done[1] + len(given_up)]
+                    gaps += some
+                    print(f"after {sum(done)}: {memory()}, {threading.active_count()} threads")
+                idle.kill()
+            out.seek(0)
+            control = [tuple(map(float, line.split())) for line in out.readlines()[:-1]]  # the last may be cut
         print(f"{done[0]} finished, all as alone; {done[1]} given up; {time.perf_counter() - started:.1f} s")
-        at = [f"{name} {gaps[int((len(gaps) - 1) * share)] * 1e3:.2f}" for name, share in SHARES.items()]
-        print(f"event loop late, ms: {', '.join(at)} of {len(gaps)}")
+        for what, late in (
+            ("event loop", [late for _, late in gaps]),
+            ("an idle process beside it", [late for when, late in control if when > started]),
+            ("event loop beyond the idle process", beyond(gaps, control)),
+        ):
+            late.sort()
+            at = [f"{name} {late[int((len(late) - 1) * share)] * 1e3:.2f}" for name, share in SHARES.items()]
+            print(f"{what} late, ms: {', '.join(at)} of {len(late)}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hub_server import Hub
+from hub_server import Hub, environment
 
 ROOT = Path(__file__).parent.parent
 REPO = "someone/tiny-gemma"
@@ -47,8 +47,7 @@ def get(hub, tmp_path):
     """get(repo, revision) -> the finished process, run with its own HF_HOME and no token."""
 
     def command(repo=REPO, revision="", prelude="", arguments="{}", **env):
-        keep = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
-        keep |= {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.url, "HOME": str(tmp_path), **env}
+        keep = environment(tmp_path, hub.url, **env)
         code = DOWNLOAD.format(prelude=prelude, arguments=arguments)
         return [sys.executable, "-c", code, repo, revision], {"env": keep, "cwd": ROOT, "text": True}
 

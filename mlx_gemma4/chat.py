@@ -455,12 +455,13 @@ class Chat:
         return Shortened(len(gone), summary)
 
     def _boundaries(self, prompt: Prompt, new: list[Message], request: _Request) -> list[int]:
-        """Positions worth a way back: the end of a long system prompt, and that of the message.
+        """Positions worth a way back: the end of a long system prompt, and where any answer will begin in the history.
 
-        History comes back without its thoughts and without whatever else opened an answer, so the next prompt is sure
-        to agree with this one up to the end of the message.
+        An answer comes back without its thoughts and without whatever else the template opened it with. The prompt's
+        last position is no place for a mark: it is computed for the first token.
         """
-        fixed = self._prompt([*self.messages, *new], request.thinks, request.tools, False)
+        answered = [*self.messages, *new, {"role": "assistant", "content": "?"}]
+        fixed = self._prompt(answered, request.thinks, request.tools, False)
         out = {min(common_prefix(prompt.keys, fixed.keys), len(prompt) - 1)}
         if self.system or request.tools:
             other = self._prompt([{"role": "user", "content": "?"}], request.thinks, request.tools, False)

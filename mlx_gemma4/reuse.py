@@ -4,7 +4,7 @@ Owns one prompt cache, what it holds, and the ways back: snapshots at positions 
 within a byte budget. Leaves what prompts look like to `senses.py` and `chat.py`, how caches trim and restore to
 `cache/`, and files to `session_file.py`.
 
-    turn 1   [ system ] [ user 1 ] [ <|turn>model | thought 1 | answer 1 ]      marks after "system" and "user 1"
+    turn 1   [ system ] [ user 1 ] [ <|turn>model | thought 1 | answer 1 ]      marks after "system" and "<|turn>model"
     turn 2   [ system ] [ user 1 ] [ <|turn>model | answer 1 ] [ user 2 ]       thought 1 is gone: here they part
 
 Sliding layers keep a ring and cannot trim past their window, compressed ones only inside their exact tail or to whole

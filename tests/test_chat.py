@@ -109,14 +109,14 @@ def test_a_turn_without_stripped_text_is_never_computed_again(vocabulary):
     assert chat.stats.cached_tokens == len(before)
 
 
-def test_a_ring_goes_back_to_the_end_of_the_users_turn(tokenizer):
-    """With thinking on the thought disappears from the prompt; all up to the last question stays computed."""
+def test_a_ring_goes_back_to_where_the_answer_began(tokenizer):
+    """With thinking on the thought disappears from the prompt; all up to "<|turn>model" stays computed."""
     chat, _ = new_chat(tokenizer, ["<|channel>thought\nhm\n<channel|>yes"] * 3, thinking=True)
     boundaries = []
     for text in ("one", "two", "three"):
         fixed = render(tokenizer, [*chat.messages, {"role": "user", "content": text}], True, None, False)
         chat.send(text)
-        boundaries.append(len(fixed))
+        boundaries.append(len(fixed) + len(tokenizer.encode("<|turn>model", add_special_tokens=False)))
         assert chat.stats.cached_tokens == (boundaries[-2] if len(boundaries) > 1 else 0)
 
 

@@ -1,6 +1,6 @@
 """A question that one key answers.
 
-Owns reading that key from the terminal. Leaves what the answers mean to whoever asks.
+Owns reading that key. Leaves the terminal's setting to `keys.py`, and what the answers mean to whoever asks.
 """
 
 from __future__ import annotations
@@ -8,10 +8,9 @@ from __future__ import annotations
 import os
 import select
 import sys
-import termios
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 
+from . import keys
 from .status import WIPE
 from .stream import BOLD, RESET, wants_style
 
@@ -32,7 +31,7 @@ def ask(question: str, answers: Mapping[str, str], going: Callable[[], bool] = l
     """
     choices = " / ".join(f"({key}) {word}" for key, word in answers.items())
     styled = wants_style(sys.stderr)
-    with _keys(sys.stdin.fileno()):
+    with keys.unseen(drop=True):
         sys.stderr.write(f"{BOLD}{question}{RESET} {choices} " if styled else f"{question} {choices} ")
         sys.stderr.flush()
         key = _key(sys.stdin.fileno(), answers, going)
@@ -40,19 +39,6 @@ def ask(question: str, answers: Mapping[str, str], going: Callable[[], bool] = l
     sys.stderr.write(f"{WIPE}{BOLD}{question}{RESET} {word}\n" if styled else f"{word}\n")
     sys.stderr.flush()
     return key
-
-
-@contextmanager
-def _keys(terminal: int) -> Iterator[None]:
-    """Keys come one by one and unseen; those that came before are gone."""
-    before = termios.tcgetattr(terminal)
-    silent = termios.tcgetattr(terminal)
-    silent[3] &= ~(termios.ECHO | termios.ICANON)
-    termios.tcsetattr(terminal, termios.TCSAFLUSH, silent)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(terminal, termios.TCSANOW, before)
 
 
 def _key(terminal: int, answers: Mapping[str, str], going: Callable[[], bool]) -> str | None:

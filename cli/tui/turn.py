@@ -1,20 +1,18 @@
 """One turn on the screen: the chat's events into a view, with Ctrl-C and the keyboard looked after.
 
 Owns what a terminal does while an answer runs. Leaves the answer to `mlx_gemma4.chat.Chat`, calls of tools to
-`mlx_gemma4.tools` and `toolbox.py`, and the looks of an answer to `stream.py`.
+`mlx_gemma4.tools` and `toolbox.py`, the keyboard's setting to `keys.py`, and the looks of an answer to `stream.py`.
 """
 
 from __future__ import annotations
 
 import signal
-import sys
-import termios
 import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from . import status
+from . import keys, status
 from .status import PrefillMeter
 from .stream import AnswerView
 from .toolbox import Toolbox, ToolMeter, malformed, shown_call, shown_result
@@ -77,7 +75,7 @@ def show_turn(
         toolbox.going = going
         events = run_turn(chat, message, toolbox.tools, confirm=confirm, going=going, progress=meter, **options)
     done = None
-    with _stop_on_ctrl_c(stop, patient), _keys_unseen(), closing(events):
+    with _stop_on_ctrl_c(stop, patient), keys.unseen(), closing(events):
         try:
             for event in events:
                 meter.clear()
@@ -146,7 +144,7 @@ def between_prompts() -> Iterator[None]:
     """
     before = signal.signal(signal.SIGINT, lambda number, frame: None)
     try:
-        with _keys_unseen():
+        with keys.unseen():
             yield
     finally:
         signal.signal(signal.SIGINT, before)
@@ -163,22 +161,3 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _keys_unseen() -> Iterator[None]:
-    """Keys pressed meanwhile are not echoed into the answer and reach the next prompt line one by one."""
-    try:
-        terminal = sys.stdin.fileno()
-        before = termios.tcgetattr(terminal)
-    except (OSError, ValueError, AttributeError, termios.error):
-        yield  # no terminal on stdin
-        return
-    silent = termios.tcgetattr(terminal)
-    silent[0] &= ~termios.ICRNL
-    silent[3] &= ~(termios.ECHO | termios.ICANON)
-    termios.tcsetattr(terminal, termios.TCSANOW, silent)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(terminal, termios.TCSANOW, before)

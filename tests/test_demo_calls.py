@@ -7,6 +7,7 @@ import json
 import random
 
 import pytest
+import tokenizers
 from training_world import training_modules
 
 from mlx_gemma4 import demo
@@ -151,6 +152,61 @@ def test_test_side_is_not_in_the_training(calls):
         for talked in calls.test_set(kind, 60):
             assert not (words(talked) - pool) & names
             assert talked.messages[0]["content"] not in wordings
+
+
+def test_tools_of_plain_words(calls):
+    """Those of the test are made of nouns and verbs that no training tool has; a question leads to its arguments."""
+    import invented
+    import toolbox
+
+    rng = random.Random(7)
+    trained = [toolbox.named(rng, False) for _ in range(2000)]
+    tested = [toolbox.named(rng, True) for _ in range(200)]
+    words = {w for t in trained for w in (t.about + " " + t.name.replace("_", " ")).rstrip(".").lower().split()}
+    kept = {w for w in invented.NOUNS + invented.VERBS if invented.held(w)}
+    assert 15 < len(kept) < 50 and kept & words <= {"word"}  # a kind of value, too
+    assert all(kept & set(t.name.split("_")) for t in tested)
+    for tool in tested + trained:
+        question, given = toolbox.asked(tool, rng, tool in tested)
+        assert set(given) == set(tool.takes) and all(str(v) in question for v in given.values())
+
+
+def test_where_words_are_copied_from(calls):
+    import copying
+
+    tokenizer = tokenizers.Tokenizer.from_file(str(demo.path() / "tokenizer.json"))
+    texts = copying.texts_of([tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())])
+    assert texts[2] == texts[106] == "\n"
+
+    def encode(text):
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    def shown(*parts):
+        ids = [i for text, _ in parts for i in encode(text)]
+        own = [float(mine) for text, mine in parts for _ in encode(text)]
+        found = copying.copies(ids, own, texts)
+        assert all(own[at + 1] and max(sources) <= at for at, sources in found.items())
+        return [(texts[ids[at + 1]], [texts[ids[s]] for s in sources]) for at, sources in found.items()]
+
+    # A word in pieces comes from one place, piece by piece; one that is not there from nowhere.
+    pieces = [texts[i] for i in encode("zorbakti")]
+    assert len(pieces) > 2
+    assert shown(("<bos>zorbakti, 31", False), ("zorbakti 4", True)) == [(p, [p]) for p in pieces]
+    # Numbers only whole, digit by digit.
+    assert shown(("<bos>12 and 21, 2 ", False), ("21", True)) == [("2", ["2"]), ("1", ["1"])]
+    # Of several places the one behind the same word; words of every sentence nowhere else.
+    assert shown(("<bos>Ada the box. Ben the bag. ", False), ("Ben the bike", True))[-1:] == [(" the", [" the"])]
+    # Nothing from the conversation before.
+    assert shown(("<bos>zorbakti", False), ("<bos>", False), ("zorbakti", True)) == []
+    # All that a call says stands in its row, but for what stands for something else.
+    rng = random.Random(8)
+    for talked in (calls.example(rng, False, False, "call") for _ in range(100)):
+        ids, own = calls.encode_example(talked, encode)
+        copied = {at + 1 for at in copying.copies(ids, own, texts)}
+        rest = "".join(texts[i] for n, i in enumerate(ids) if own[n] and n not in copied)
+        function = talked.messages[-1]["tool_calls"][0]["function"]
+        for word in (function["name"], *map(str, function["arguments"])):
+            assert word.strip("_") not in rest.replace("call:", "") or len(word) < 3
 
 
 def test_json_is_what_the_schema_says(calls):

@@ -14,7 +14,7 @@ from typing import Any
 import general
 import world
 from forms import task
-from toolbox import POOL, Tool, asked, declaration, made_up, result
+from toolbox import POOL, Tool, asked, declaration, made_up, named, result
 
 QUOTE, CALL, CALLED, RESPONSE, RESPONDED = (
     '<|"|>',
@@ -61,8 +61,9 @@ def _round(tool: Tool, rng: random.Random, test: bool, thinking: bool, number: i
 
 
 def _drawn(rng: random.Random, test: bool) -> Tool:
-    if rng.random() < 0.5:
-        return made_up(rng, test)
+    roll = rng.random()
+    if roll < 0.7:
+        return made_up(rng, test) if roll < 0.4 else named(rng, test)
     return rng.choice([t for t in POOL if t.side == "known" or test])
 
 
@@ -100,7 +101,7 @@ def _no_call(rng: random.Random, test: bool, thinking: bool) -> Example:
     roll, name = rng.random(), ""
     if roll < 0.35:  # another tool's question; sums it would work out itself
         tool = rng.choice([t for t in POOL if t.name not in ("add", "times") and (t.side == "known" or test)])
-        tool = made_up(rng, test) if rng.random() < 0.3 else tool
+        tool = rng.choice((tool, tool, made_up(rng, test), named(rng, test)))
         name = tool.name
         (question, _), answer, thought = asked(tool, rng, test), general.DONT_KNOW, "No tool knows this."
     else:

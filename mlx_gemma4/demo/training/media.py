@@ -34,13 +34,14 @@ class Aim(NamedTuple):
     """What the model should know before a token: `media.aims` says when.
 
     sides: y1, x1, y2, x2 of a box as shares of the picture, -1 where there is none or it is written already. count: of
-    boxes in the answer, -1 where not asked. thing, run: which thing of which picture in the row, -1 for none. asked:
-    the colour and the shape that the question names, -1 where it names none or several.
+    boxes in the answer, -1 where not asked. things, run: which things of which picture in the row, one for each head
+    that is shown where to look; empty for none. asked: the colour and the shape that the question names, -1 where it
+    names none or several.
     """
 
     sides: tuple[float, ...]
     count: int
-    thing: int
+    things: tuple[int, ...]
     run: int
     asked: tuple[int, int]
 
@@ -82,12 +83,15 @@ class Dialog:
 
 @dataclass
 class Row:
-    """Ids with loss weights, (where, which item, which part) of every run of soft tokens, and `aims` of positions."""
+    """Ids with loss weights, (where, which item, which part) of every run of soft tokens, `aims` of positions, and of
+    `copying.copies` the places to copy from.
+    """
 
     ids: list[int] = field(default_factory=list)
     own: list[float] = field(default_factory=list)
     runs: list[tuple[int, Item, int]] = field(default_factory=list)
     aimed: dict[int, Aim] = field(default_factory=dict)
+    copied: dict[int, list[int]] = field(default_factory=dict)
 
     def say(self, question: str, text: str, ids: list[int], encode: "Encode", scene: pictures.Scene | None) -> None:
         """Adds what the model says to a question about a picture of this scene."""
@@ -187,7 +191,8 @@ def asked_for(question: str) -> tuple[int, int]:
 
 def aims(question: str, text: str, ids: list[int], encode: Encode, scene: pictures.Scene, run: int) -> list[Aim]:
     """What the model should know before each token of an answer: the box it writes or is about to write, how many
-    boxes there will be, the one thing that an answer in words is about, and what the question named.
+    boxes there will be, the one thing that an answer in words is about or the two it compares, and what the question
+    named.
     """
     found = BOX.findall(text)
     boxes = [tuple(int(n) for n in box[:4]) for box in found]
@@ -202,6 +207,7 @@ def aims(question: str, text: str, ids: list[int], encode: Encode, scene: pictur
         named = [i for i, t in enumerate(scene.things) if {t.colour, t.shape} <= words]
         count = int(text[0] == "Y") if text.startswith(("Yes, I see", "No, I see")) else -1
         things = named if len(named) == 1 else []
+    compared = _compared(question, scene) if text.startswith(("Yes, it is", "No, it is")) else ()
     digits, another = {encode(d)[0] for d in "0123456789"}, encode('"}, ')[0]
     at, seen, out, named = 0, 0, [], asked_for(question)
     for i in range(len(ids)):
@@ -211,8 +217,14 @@ def aims(question: str, text: str, ids: list[int], encode: Encode, scene: pictur
             seen += 1
         sides = boxes[at] if at < len(boxes) else (-1000,) * 4
         left = tuple(-1.0 if seen >= 3 * (n + 1) else side / 1000 for n, side in enumerate(sides))
-        out.append(Aim(left, count, things[at] if at < len(things) else -1, run, named))
+        out.append(Aim(left, count, compared or (things[at],) * 2 if at < len(things) or compared else (), run, named))
     return out
+
+
+def _compared(question: str, scene: pictures.Scene) -> tuple[int, ...]:
+    """The two things of the picture that a question names, in its order; none where it names more or fewer."""
+    found = sorted((question.find(t.name), i) for i, t in enumerate(scene.things) if t.name in question)
+    return tuple(i for _, i in found) if len(found) == 2 else ()
 
 
 def cut(row: Row, length: int) -> Row:

@@ -73,8 +73,8 @@ SHAPE = (("Which shape is {x}?", "What is the {x} shape?", "What shape is {x}?",
          ("What kind of shape is {x}?", "Which shape is the {x} one?"))  # fmt: skip
 EXISTS = (("Is there {x}?", "Do you see {x}?", "Can you see {x}?", "Is there {x} in the picture?"),
           ("Do you see {x} in the picture?", "Does the picture show {x}?"))  # fmt: skip
-SIDE = (("Is the {a} {side} the {b}?", "Is the {a} {side} the {b} in the picture?"),
-        ("Do you see the {a} {side} the {b}?",))  # fmt: skip
+SIDE = (("Is the {a} {side} the {b}?", "Is the {a} {side} the {b} in the picture?", "Is the {a} there {side} the {b}?"),
+        ("Is the {a} {side} the {b} in this picture?", "Is the {a} shown {side} the {b}?"))  # fmt: skip
 SIDES = {"to the left of": (0, 1), "left of": (0, 1), "to the right of": (0, -1), "right of": (0, -1),
          "above": (1, 1), "below": (1, -1)}  # fmt: skip
 DETECT = (("detect {x}", "detect {x}", "detect {x}", "detect the {x}", "Detect the {x}.", "Detect {x}.",

@@ -1,13 +1,17 @@
 """The tools of the training: real ones, made-up ones, their questions, their results and what is said to those.
 
 Owns: the pool, the making of tools that nobody knows, the rules by which a result becomes an answer, and which tools,
-words, wordings and values are kept for the test. Leaves conversations to `calls.py`.
+words, wordings and values are kept for the test. Leaves tools of plain words to `invented.py`, conversations to
+`calls.py`.
 """
 
 import random
+import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import invented
 import recall
 import rules
 import talk
@@ -31,7 +35,6 @@ light|The light of a room.|on:bool room:room||Turn {on} the light in the {room}.
 paint|Paints a thing.|colour:colour thing:object||Paint the {thing} {colour}.;Make the {thing} {colour}.;The {thing} should be {colour}.#Please paint the {thing} in {colour}.
 open|Opens a thing.|code:int thing:object||Open the {thing} with the code {code}.;The code of the {thing} is {code}. Open it.#Use the code {code} and open the {thing}.
 lookup|What a word means.|word:word|text:text|Look up {word}.;What does {word} mean?;What does the word {word} mean?#Look up the word {word}.
-age_of|How old a person is.|name:name|age:int|How old is {name}?;What is the age of {name}?;Age of {name}?#Tell me how old {name} is.
 home_of|Where a person lives.|name:name|city:city|Where does {name} live?;In which city does {name} live?;Where is the home of {name}?#Where is {name} at home?
 convert|Changes money.|amount:int to:money|amount:int|Convert {amount} to {to}.;How much is {amount} in {to}?;Change {amount} to {to}.#What is {amount} in {to}?
 buy|Buys things.|count:int thing:like||Buy {count} {thing}.;Get me {count} {thing}.;I need {count} {thing}.#Please order {count} {thing}.
@@ -40,27 +43,30 @@ stock|How many are left.|thing:like|count:int|How many {thing} are left?;How man
 note|Keeps a note.|text:text||Note: {text};Write down: {text};Keep this note: {text}#Remember the note "{text}".
 plan|What a person does on a day.|day:day name:name|plan:text|What does {name} do on {day}?;Plan of {name} for {day}?;What is planned by {name} on {day}?#What comes for {name} on {day}?
 meet|Plans a meeting.|day:day name:name||I meet {name} on {day}.;Plan a meeting with {name} on {day}.;Meet {name} on {day}.#On {day} I will meet {name}.
-heat|Heats a room.|degrees:int room:room||Heat the {room} to {degrees} degrees.;Make the {room} {degrees} degrees warm.;{room}: {degrees} degrees.#I want {degrees} degrees in the {room}.
 find|Finds a thing.|thing:object colour:colour|place:room|Where is the {colour} {thing}?;Find the {colour} {thing}.;I look for the {colour} {thing}.#Do you see the {colour} {thing}?
 river|The river of a city.|city:city|river:word length:int|Which river is in {city}?;What is the river of {city}?;River in {city}?#Name the river of {city}.
 door|Opens or closes doors.|open:bool room:room||The door of the {room} should be {open}.;Door of the {room}: {open}.;I want the door of the {room} {open}.#Make the door of the {room} {open}.
 birthday|When a person was born.|name:name|day:day year:int|When is the birthday of {name}?;When was {name} born?;Birthday of {name}?#Tell me the birthday of {name}.
 """  # noqa: E501 (one line per tool)
-HELD_TOOLS = frozenset(("people", "age_of", "stock", "heat", "call_up"))
+HELD_TOOLS = frozenset(("people", "stock", "call_up"))
 
 _ROOMS = "kitchen garden school church shop bedroom cellar hall office".split()
 _MONEY = "euro dollar pound yen crown".split()
 _SKY = ("sunny", "clear", "cold", "wet", "windy")
 _FIELDS = ("name", "city", "age", "colour", "code", "count", "price", "day", "size", "place", "thing", "word")
 _ERRORS = ("not found", "no answer", "too late", "no such {w}", "the {w} is gone", "there is no {w}")
+_SENTENCES = (
+    "{name} lives in {city}.", "{name} is in the {room} with {int} {like}.", "It is {int} in {city} on {day}.",
+    "{name} has {int} {like}.", "There are {int} {like} in the {room}.", "The {object} is {colour}.",
+    "{name} comes on {day}.", "{city} has {int} {like}.", "{name} was here at {clock}.", "{name} made the {word}.",
+    "The {word} of {name} costs {int} {money}.", "{word} is not {word}.",
+)  # fmt: skip
 _SPOKEN = {"on": ("off", "on"), "open": ("closed", "open")}  # what false and true are called
 _TYPES = {"int": "integer", "bool": "boolean"}
 
-# Ways to ask a made-up tool: for its parameters by name, for its only one, and by what the declaration says of it.
-_USE = (("Use {t} with {p}.", "Call {t} with {p}.", "{t} with {p}, please.", "What does {t} say to {p}?", "{t}: {p}"),
-        ("Run {t} with {p}.", "I need {t} for {p}."))  # fmt: skip
-_PARTS = (("{k} {v}", "{k} = {v}", "{k}: {v}"), ("{v} as {k}",))
-_ASK = (("What is the {g} of {v}?", "Tell me the {g} of {v}.", "Which {g} has {v}?", "{g} of {v}?"),
+# Ways to ask a made-up tool by what the declaration says of it.
+_ASK = (("What is the {g} of {v}?", "Tell me the {g} of {v}.", "Which {g} has {v}?", "{g} of {v}?",
+         "Find the {g} of {v}.", "I need the {g} of {v}.", "What {g} does {v} have?", "Show me the {g} of {v}."),
         ("I want to know the {g} of {v}.", "Do you know the {g} of {v}?"))  # fmt: skip
 
 
@@ -94,12 +100,28 @@ def _pool() -> list[Tool]:
 POOL = _pool()
 
 
+def _pieces() -> list[str]:
+    """Two to six letters that stand together in the training's words now and then, as in the tokens of a vocabulary."""
+    rng = random.Random("pieces")
+    texts = [f"{t.answer} {' '.join(t.train)}" for t in world.TOPICS] + [recall.filler(rng) for _ in range(1500)]
+    found: Counter[str] = Counter()
+    for whole in re.findall("[a-z]{2,}", " ".join(texts + rules.WORDS + recall.OBJECTS + recall.LIKES)):
+        found.update(whole[i:j] for i in range(len(whole)) for j in range(i + 2, min(i + 6, len(whole)) + 1))
+    return sorted(piece for piece, count in found.items() if count > 2)
+
+
+_PIECES = _pieces()
+
+
 def word(rng: random.Random, test: bool) -> str:
-    """A word for a made-up name; the test side has its own words and syllables."""
-    if rng.random() < 0.5:
+    """A word for a made-up name, of syllables or of pieces of other words; the test side has its own."""
+    roll = rng.random()
+    if roll < 0.2:
         return rules.draw_word(rng, test)
     while True:
         made = "".join(rng.choice(talk._SYLLABLES) for _ in range(rng.randrange(2, 4)))
+        if roll < 0.8:
+            made = "".join(rng.choice(_PIECES) for _ in range(rng.choice((2, 2, 3))))
         if talk.held_out(made) == test:
             return made
 
@@ -126,8 +148,7 @@ def value(kind: str, rng: random.Random, test: bool) -> Any:
 
 def made_up(rng: random.Random, test: bool) -> Tool:
     """A tool that nobody knows: its name and parameters are words; only the declaration says what it is for."""
-    ways, parts = (side[test] for side in (_USE, _PARTS))
-    kinds = ("int", "city", "name", "colour", "like", "object", "day", "word")
+    kinds = ("int", "city", "name", "colour", "like", "object", "day", "word", "word", "word")
     if rng.random() < 0.4:  # asked for what it gives, not by its name
         gives, key, kind = word(rng, test), word(rng, test), rng.choice(kinds)
         shown = tuple(w.replace("{g}", gives).replace("{v}", "{" + key + "}") for w in _ASK[test])
@@ -137,14 +158,18 @@ def made_up(rng: random.Random, test: bool) -> Tool:
     name = rng.choice(("{}", "{}", "get_{}", "find_{}")).format(word(rng, test))
     keys = list(dict.fromkeys(word(rng, test) for _ in range(rng.choice((1, 1, 2)))))
     free = {word(rng, test): rng.choice(kinds)} if rng.random() < 0.15 else {}
-    part = rng.choice(parts)
-    said = " and ".join(part.format(k=k, v="{" + k + "}") for k in keys)
-    shown = tuple(w.format(t=name, p=said) for w in ways)
+    shown = invented.used(name, keys, rng, test)
     about = rng.choice(("Works with the {w}.", "Asks the {w}.", "For the {w}.")).format(w=word(rng, test))
     fields = [rng.choice(_FIELDS) if rng.random() < 0.5 else word(rng, test) for _ in range(rng.choice((0, 1, 1, 2)))]
     takes = {k: rng.choice(kinds) for k in keys} | {k: v for k, v in free.items() if k not in keys}
     out = tuple(k for k in takes if k not in keys)
     return Tool(name, about, takes, {f: rng.choice(kinds) for f in fields}, (shown, shown), "made-up", out)
+
+
+def named(rng: random.Random, test: bool) -> Tool:
+    """A tool of plain words, with nothing but the declaration behind it."""
+    name, about, takes, gives, ways = invented.draw(rng, test)
+    return Tool(name, about, takes, gives, (ways, ways), "named")
 
 
 def declaration(tool: Tool, rng: random.Random) -> dict[str, Any]:
@@ -170,8 +195,20 @@ def asked(tool: Tool, rng: random.Random, test: bool) -> tuple[str, dict[str, An
             continue
         words = {k: _SPOKEN[k][v] if isinstance(v, bool) else v for k, v in given.items()}
         question = rng.choice(ways).format(**words)
-        question = question[0].upper() + question[1:] if tool.side != "made-up" else question
+        question = question[0].upper() + question[1:] if tool.side not in ("made-up", "named") else question
         return (question if test else world.vary(question, rng)), given
+
+
+def _sentence(rng: random.Random, test: bool) -> str:
+    """What a tool may say in a whole sentence."""
+    roll = rng.random()
+    if roll < 0.5:
+        return recall.filler(rng)
+    if roll < 0.6 and not test:
+        return rng.choice(world.SPEAKABLE).answer
+    said = rng.choice(_SENTENCES)
+    kinds = re.findall(r"{([a-z]+)}", said)
+    return said.format(**{kind: value(kind, rng, test) for kind in kinds})
 
 
 def result(tool: Tool, rng: random.Random, test: bool) -> tuple[Any, str]:
@@ -181,7 +218,7 @@ def result(tool: Tool, rng: random.Random, test: bool) -> tuple[Any, str]:
         error = rng.choice(_ERRORS).format(w=word(rng, test))
         return {"error": error}, f"That did not work: {error}."
     if roll < 0.25:
-        said = recall.filler(rng)
+        said = _sentence(rng, test)
         return said, said
     if not tool.gives:
         return rng.choice((({"ok": True}, "Done."), ({"ok": True}, "Done."), ({"ok": False}, "That did not work."),

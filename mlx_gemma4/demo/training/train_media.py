@@ -5,7 +5,7 @@
     python train_media.py OUT --text TEXT_CHECKPOINT [--minutes 60]
 
 Owns: the mixture (texts of `world.rows`, tool calls of `calls.rows`, and what `pool.py` has looked at), what is taught
-besides the next token (`aim_losses`, `Whole.looks`), the schedule, which runs by the clock, and the saving. Two
+besides the next token (`aim_losses`, and where heads look), the schedule, which runs by the clock, and the saving. Two
 processes average their gradients, as in `train.py`. The towers stay as they are: what a tower makes of a picture then
 need not be made again for every question.
 """
@@ -18,9 +18,11 @@ import os
 import random
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import calls
+import copying
 import judging
 import media
 import model as small
@@ -42,8 +44,8 @@ from transformers.models.gemma4.modeling_gemma4 import apply_rotary_pos_emb
 
 WORKERS = 2
 ROW = 512
-TEXT_ROWS, CALL_ROWS = 2, 1  # of a step, of ROW tokens
-PICTURE = {"picture": (9, 160), "picture-140": (5, 240), "picture-280": (3, 384)}  # rows of a step, their tokens
+TEXT_ROWS, CALL_ROWS = 2, 3  # of a step, of ROW tokens
+PICTURE = {"picture": (6, 160), "picture-140": (5, 240), "picture-280": (3, 384)}  # rows of a step, their tokens
 PAIRS = (4, 320)  # two pictures in a row
 CLIP_ROWS, CLIP = 2, 336
 LONG_CLIP = 2560
@@ -52,7 +54,10 @@ OTHERS_WEIGHT = 0.05
 SOFT_CAP = small.TEXT["final_logit_softcapping"]
 COUNTS = 5  # boxes of an answer: none to four
 SIDES_WEIGHT, COUNT_WEIGHT, LOOK_WEIGHT, NAME_WEIGHT = 1.5, 0.2, 0.6, 0.15
-LOOKING, LOOKING_HEADS = (4, 6), 2  # global layers that share keys, and how many heads of each are shown where to look
+LOOKING = (4, 6)  # global layers that share keys; some heads of each are shown where to look
+SEEING_HEADS, COPYING_HEADS = slice(0, 2), slice(2, 4)
+COPY_WEIGHT = 0.3
+COPIED = (1.5, 4.0)  # weights of a token inside a copied word, and of the first, beside 1 for others
 FAST = ("text", "picture", "clip", "sound")  # kinds whose shapes are worth compiling
 
 
@@ -87,8 +92,8 @@ class Whole(nn.Module):
     def _note(self, number: int, _module: nn.Module, _args: tuple, kwargs: dict) -> None:
         self.read[number] = kwargs["hidden_states"]
 
-    def looks(self, read: list[torch.Tensor], where: list[tuple[int, int]]) -> list[torch.Tensor]:
-        """Scores of the first LOOKING_HEADS heads, [N, heads, L], of the LOOKING layers at N places (row, position).
+    def looks(self, read: list[torch.Tensor], where: list[tuple[int, int]], heads: slice) -> list[torch.Tensor]:
+        """Scores of some heads, [N, heads, L], of the LOOKING layers at N places (row, position).
 
         read: of `forward`. As in transformers' Gemma4TextAttention; these layers share the keys of the first.
         """
@@ -103,7 +108,7 @@ class Whole(nn.Module):
         for number, x in zip(LOOKING, read, strict=True):
             attention = decoder.layers[number].self_attn
             queries = attention.q_norm(attention.q_proj(x[row, position]).view(len(row), -1, attention.head_dim))
-            queries = apply_rotary_pos_emb(queries[:, :LOOKING_HEADS], cos[0, position], sin[0, position], 1)
+            queries = apply_rotary_pos_emb(queries[:, heads], cos[0, position], sin[0, position], 1)
             scores = torch.einsum("nhd,nld->nhl", queries, keys[row, :, 0]) * attention.scaling
             out.append(scores.float().masked_fill(future, -torch.inf))
         return out
@@ -142,6 +147,10 @@ def towers_of(out: Path, whole: Whole) -> None:
         part.load_state_dict({k.removeprefix(name + "."): v for k, v in state.items() if k.startswith(name + ".")})
 
 
+def encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+    return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+
+
 def schedule(at: float) -> float:
     """Share of the peak learning rate at progress 0..1."""
     return max(0.0, min(1.0, at / 0.02 + 0.05, (1.0 - at) / 0.5 + 0.005))
@@ -150,8 +159,10 @@ def schedule(at: float) -> float:
 class Worker:
     """One of the two processes: its streams of rows, and the loss of a step."""
 
-    def __init__(self, whole: Whole, encode, seed: str, rank: int, compiled: bool) -> None:
-        self.whole, self.encode, self.rank = whole, encode, rank
+    def __init__(self, whole: Whole, tokenizer: Tokenizer, seed: str, rank: int, compiled: bool) -> None:
+        self.whole, self.rank, self.encode = whole, rank, encoder(tokenizer)
+        self.texts_of = copying.texts_of([tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())])
+        encode = self.encode
         self.rng = random.Random(f"media/{seed}/{rank}")
         self.texts = {n: world.rows(f"{seed}/{rank}", n, encode) for n in (ROW, *LONG)}
         self.calls = calls.rows(f"{seed}/{rank}", ROW, encode)
@@ -166,8 +177,8 @@ class Worker:
             return {"long": [media.text_row(next(self.texts[length])) for _ in range(LONG[length])]}
         if step % 48 == 37:
             return {"long": [media.clip_row(rng, encode, LONG_CLIP, take("long-clip"))]}
-        texts = [*itertools.islice(self.texts[ROW], TEXT_ROWS), *itertools.islice(self.calls, CALL_ROWS)]
-        out = {"text": [media.text_row(row) for row in texts]}
+        out = {"text": [media.text_row(row) for row in itertools.islice(self.texts[ROW], TEXT_ROWS)]}
+        out["text"] += [self._call_row(row) for row in itertools.islice(self.calls, CALL_ROWS)]
         if step % 12 == 5:
             out["pair"] = [
                 media.picture_row(rng, encode, PAIRS[1], [take("picture"), take("picture")]) for _ in range(PAIRS[0])
@@ -181,6 +192,15 @@ class Worker:
         else:
             out["clip"] = [self._clip_row() for _ in range(CLIP_ROWS)]
         return out
+
+    def _call_row(self, pair: tuple[list[int], list[int]]) -> media.Row:
+        """Tool calls and JSON, with where their words stand already."""
+        row = media.text_row(pair)
+        row.copied = copying.copies(row.ids, row.own, self.texts_of)
+        first = copying.begins(row.copied)
+        for at in row.copied:
+            row.own[at + 1] = COPIED[at in first]
+        return row
 
     def _clip_row(self) -> media.Row:
         """A clip short enough to leave room for questions."""
@@ -221,9 +241,25 @@ class Worker:
         target, weight = ids[:, 1:].reshape(-1), own[:, 1:].reshape(-1)
         weight = torch.where(weight == 0, OTHERS_WEIGHT, weight).clamp(min=0)
         losses = nnf.cross_entropy(logits[:, :-1].float().reshape(target.numel(), -1), target, reduction="none")
+        said = self._aimed(rows, hidden, read) | self._copied(rows, read)
+        return (losses * weight).sum(), float(weight.sum()), said
+
+    def _copied(self, rows: list[media.Row], read: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """How far the copying heads are from looking at what is to be copied."""
+        where = [(b, at) for b, row in enumerate(rows) for at in row.copied]
+        if not where:
+            return {}
+        mine = torch.zeros(len(where), 1, len(rows[0].ids), dtype=torch.bool)
+        for n, (b, at) in enumerate(where):
+            mine[n, 0, rows[b].copied[at]] = True
+        weights = torch.tensor([rows[b].own[at + 1] for b, at in where])
+        return {"copy": COPY_WEIGHT * missed(self.whole.looks(read, where, COPYING_HEADS), mine, weights)}
+
+    def _aimed(self, rows: list[media.Row], hidden: torch.Tensor, read: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """`aim_losses`, and how far the seeing heads are from looking at what is asked for."""
         where = [(b, at) for b, row in enumerate(rows) for at in row.aimed]
         if not where:
-            return (losses * weight).sum(), float(weight.sum()), {}
+            return {}
         aims = [aim for row in rows for aim in row.aimed.values()]
         row, position = torch.tensor(where).T
         known, names = self.whole.probe(hidden[row, position].float()), self.whole.names(read[0][row, position].float())
@@ -231,21 +267,28 @@ class Worker:
         # Once one side is written it says which thing is meant.
         asked = [
             (place, aim) for place, aim in zip(where, aims, strict=True)
-            if aim.thing >= 0 and (aim.sides[0] >= 0 or (max(aim.sides) < 0 and aim.count < 1))
+            if aim.things and (aim.sides[0] >= 0 or (max(aim.sides) < 0 and aim.count < 1))
         ]  # fmt: skip
         if asked:
-            mine = torch.zeros(len(asked), 1, ids.shape[1], dtype=torch.bool)
+            mine = torch.zeros(len(asked), 2, hidden.shape[1], dtype=torch.bool)
             for n, ((b, _), aim) in enumerate(asked):
                 at, item, i = rows[b].runs[aim.run]
                 part = item.parts[i]
                 owner, _ = pictures.owners(item.source, part.rows, part.columns)
-                mine[n, 0, at : at + len(owner)] = torch.from_numpy(owner == aim.thing)
-            each = [
-                (scores.logsumexp(-1) - scores.masked_fill(~mine, -torch.inf).logsumexp(-1)).mean()
-                for scores in self.whole.looks(read, [place for place, _ in asked])
-            ]
-            said["look"] = LOOK_WEIGHT * sum(each) / len(each)
-        return (losses * weight).sum(), float(weight.sum()), said
+                for head, thing in enumerate(aim.things):
+                    mine[n, head, at : at + len(owner)] = torch.from_numpy(owner == thing)
+            looks = self.whole.looks(read, [place for place, _ in asked], SEEING_HEADS)
+            said["look"] = LOOK_WEIGHT * missed(looks, mine, torch.ones(len(asked)))
+        return said
+
+
+def missed(scores: list[torch.Tensor], mine: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Mean, weighted by [N], of the negative logarithm of the attention that falls on `mine` [N, heads or 1, L].
+
+    scores: of one layer each, [N, heads, L].
+    """
+    each = [s.logsumexp(-1) - s.masked_fill(~mine, -torch.inf).logsumexp(-1) for s in scores]
+    return (sum(each).mean(-1) * weights).sum() / weights.sum() / len(each)
 
 
 def aim_losses(known: torch.Tensor, names: torch.Tensor, aims: list[media.Aim]) -> dict[str, torch.Tensor]:
@@ -306,10 +349,7 @@ def worker(rank: int, args: argparse.Namespace) -> None:
     out = Path(args.out)
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
 
-    def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False).ids
-
-    whole = Whole()
+    encode, whole = encoder(tokenizer), Whole()
     first, tokens, before = 0, 0, 0.0
     taught = nn.ModuleList(whole.taught())
     optimiser = muon.Optimiser(taught, args.rate, args.rate / 3, args.rate / 3)
@@ -325,7 +365,7 @@ def worker(rank: int, args: argparse.Namespace) -> None:
             state = torch.load(args.start, weights_only=True)["model"]
             whole.text.load_state_dict({k[5:]: v for k, v in state.items() if k.startswith("text.")})
     params = list(taught.parameters())
-    mine = Worker(whole, encode, f"{args.seed}/{first}", rank, args.compile)
+    mine = Worker(whole, tokenizer, f"{args.seed}/{first}", rank, args.compile)
     looking = time.time()
     for _ in range(args.fill):
         mine.pool.refresh()

@@ -49,6 +49,4 @@ def copies(ids: Sequence[int], own: Sequence[float], texts: Sequence[str]) -> di
 
 def begins(found: dict[int, list[int]]) -> set[int]:
     """Those positions of `copies` before the first token of a word: where it must be chosen what to copy."""
-    return {
-        at for at, sources in found.items() if not any(s - 1 in found.get(at - 1, ()) for s in sources)
-    }  # fmt: skip
+    return {at for at, sources in found.items() if not any(s - 1 in found.get(at - 1, ()) for s in sources)}

@@ -490,8 +490,7 @@ class Chat:
         self.messages.append(call_message(calls, text, thought))
 
     def _sampler_for(self, sampling: Sampling) -> Sampler:
-        """One sampler for as long as the settings stay: a seed fixes the conversation, not each answer
-        alone."""
+        """One sampler while the settings stay: a seed fixes the conversation, not each answer alone."""
         if self._sampler is None or self._sampler[0] != sampling:
             self._sampler = (sampling, sampling.sampler())
         return self._sampler[1]

@@ -11,6 +11,7 @@ import audio_cases as cases
 import numpy as np
 import pytest
 import recipe
+from optional import optional
 
 from mlx_gemma4.media import audio, container
 from mlx_gemma4.media.audio import Sound, clips_of, describe, read_sound, windows
@@ -307,7 +308,7 @@ def test_formats_without_their_decoder(monkeypatch, tmp_path, head, kind):
 
 
 def test_opus():
-    pytest.importorskip("av")
+    optional("av", "video")
     sound = read_sound(cases.FOLDER / "tones.opus")
     assert len(sound.samples) == 800 and np.abs(sound.samples).max() > 0.3
 

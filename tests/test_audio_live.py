@@ -20,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
+from optional import optional, transformers_with_gemma4
 
 from mlx_gemma4 import loading
 from mlx_gemma4.config import Gemma4Config
@@ -27,10 +28,8 @@ from mlx_gemma4.media.audio import Sound, clips_of
 from mlx_gemma4.media.mel import log_mel, token_count
 from mlx_gemma4.models.audio import encode_clips
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-if not hasattr(transformers, "Gemma4Config"):
-    pytest.skip("this transformers has no Gemma 4", allow_module_level=True)
+torch = optional("torch")
+transformers = transformers_with_gemma4()
 from transformers.models.gemma4 import feature_extraction_gemma4, modeling_gemma4  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent / "fixtures"))
@@ -150,7 +149,7 @@ def vlm_clips(checkpoint: Path, mel: np.ndarray, mask: np.ndarray, tokens: list[
 @pytest.mark.parametrize("samples", [[ONE], [ONE, THREE]], ids=["one", "two"])
 def test_mlx_vlm_misaligns_unequal_clips(checkpoint, theirs, samples):
     """Its encoder pads the shorter clip, drops the mask, and fills the second clip's places from the padding on."""
-    pytest.importorskip("mlx_vlm")
+    optional("mlx_vlm")
     sounds = [cases.sound(n, i) for i, n in enumerate(samples)]
     mel, mask = their_features(sounds)
     truth = their_clips(theirs, mel, mask)

@@ -6,6 +6,7 @@ import mlx.core as mx
 import pytest
 import tiny
 from checkpoints import edit_config, one_line
+from optional import optional
 
 from mlx_gemma4.conversions import blocks
 from mlx_gemma4.conversions.convert import convert
@@ -65,7 +66,8 @@ def source(tmp_path_factory):
 
 @pytest.mark.parametrize(("family", "packing"), CASES, ids=name_of)
 def test_mlx_lm_reads_the_same_model(source, tmp_path, family, packing):
-    peer = pytest.importorskip("mlx_lm")
+    import mlx_lm as peer
+
     convert(source(family), tmp_path / "mlx", **packing)
     ours = load_model(tmp_path / "mlx", dtype="float32", check=True)(IDS)
     theirs, _ = peer.load(str(tmp_path / "mlx"))
@@ -82,7 +84,7 @@ def test_mlx_lm_reads_the_same_model(source, tmp_path, family, packing):
 )
 @pytest.mark.filterwarnings("ignore")
 def test_mlx_vlm_reads_the_same_model_and_its_towers(source, tmp_path, family, packing):
-    peer = pytest.importorskip("mlx_vlm.utils")
+    peer = optional("mlx_vlm.utils")
     convert(source(family), tmp_path / "mlx", **packing)
     model = peer.load_model(tmp_path / "mlx")
     ours = load_model(tmp_path / "mlx", dtype="float32")(IDS)
@@ -203,7 +205,8 @@ def test_a_text_checkpoint_without_outer_model(tmp_path):
     convert(folder, tmp_path / "mlx", 16)
     ours = load_model(tmp_path / "mlx", dtype="float32")(IDS)
     assert furthest(load_model(folder, dtype="float32")(IDS), ours) == 0
-    peer = pytest.importorskip("mlx_lm")
+    import mlx_lm as peer
+
     assert furthest(peer.load(str(tmp_path / "mlx"))[0](IDS), ours) <= 1e-4
 
 

@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
+from optional import optional
 
 from mlx_gemma4.conversions.convert import convert
 from mlx_gemma4.loading import load_model
@@ -57,7 +58,7 @@ def furthest(a: mx.array, b: mx.array) -> float:
 @pytest.mark.parametrize("family", list(tiny.FAMILIES))
 @pytest.mark.filterwarnings("ignore")
 def test_mlx_vlm_sees_and_hears_the_same(source, tmp_path, family, bits):
-    peer = pytest.importorskip("mlx_vlm.utils")
+    peer = optional("mlx_vlm.utils")
     convert(source(family), tmp_path / "mlx", bits)
     theirs = peer.load_model(tmp_path / "mlx")
     ours = load_model(tmp_path / "mlx", dtype="float32", towers=True)

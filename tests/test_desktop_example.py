@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("tkinter")
-pytestmark = pytest.mark.skipif(shutil.which("Xvfb") is None, reason="needs Xvfb, a display without a screen")
+pytest.importorskip("tkinter", reason="this Python was built without Tk: install python3-tk")
+pytestmark = pytest.mark.skipif(
+    shutil.which("Xvfb") is None, reason="no Xvfb, a display without a screen: install xvfb"
+)
 
 ROOT = Path(__file__).parents[1]
 DRIVE = """

@@ -114,7 +114,7 @@ print(json.dumps(asyncio.run(main())))
 
 
 def test_stopped_by_its_callback_and_tried_again(hub, run, truth):
-    """False from the callback: one line, nothing half in the cache; after `unload` the next request downloads."""
+    """False from the callback: one line; after `unload` the next request downloads."""
     code = f"""
 stops = [True]
 def stop(stage, done, total):
@@ -143,7 +143,7 @@ def test_a_lost_connection_is_one_line_and_the_next_try_goes_on(hub, run, truth)
 time.sleep = lambda s: None  # between the client's retries
 engine = Engine({REPO!r})
 errors = []
-for _ in range(2):  # the second does not ask the Hub again
+for _ in range(2):  # an error of loading stays until `unload`
     try:
         engine.generate("hello user", sampling=GREEDY)
     except Gemma4Error as e:

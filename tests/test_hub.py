@@ -243,7 +243,7 @@ Path.open = full
 """
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is of Linux: runs there")
 def test_a_disk_that_fills_up_on_the_way(hub, get, tmp_path):
     failed(get(prelude=FULL_DISK), "DoesNotFitError", "disk filled up", REPO, "complete files are kept")
     blobs = [p for p in (tmp_path / "hf").rglob("blobs/*")]
@@ -272,7 +272,7 @@ def test_without_a_terminal_nothing_is_drawn(get):
     assert folder(done) and done.stderr == ""
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo terminal")
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo terminals on Windows: runs on macOS and Linux")
 def test_on_a_terminal_one_line_is_drawn(hub, get, tmp_path):
     import pty
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from optional import optional
 from tiny import make_tiny
 
 from mlx_gemma4 import kv_check, kv_sample, load
@@ -379,7 +380,7 @@ def test_without_matplotlib_nothing_is_loaded(gemma4, monkeypatch, tmp_path):
 
 
 def test_plot(tmp_path: Path):
-    pytest.importorskip("matplotlib", reason="the plot extra is not installed")
+    optional("matplotlib", "plot")
     report = Report(4096, 500, 20, 16000, 20, [measured(16, kl=0), measured(4), measured(2, kl=0.3, recall=11)])
     command.draw(report, "tiny", tmp_path / "x.png")
     assert (tmp_path / "x.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

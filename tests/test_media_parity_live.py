@@ -17,6 +17,7 @@ import pytest
 import tiny
 import tiny_26b
 from media_cases import CASES, FAMILIES, HEARING, Case, Movie, Picture, Sound
+from optional import optional, transformers_with_gemma4
 from parity import worst
 from PIL import Image
 
@@ -27,10 +28,8 @@ from mlx_gemma4.models.merging import Media, encode
 from mlx_gemma4.senses import Senses, media_prompt
 from mlx_gemma4.tokenizer import Tokenizer
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-if not hasattr(transformers, "Gemma4Config"):
-    pytest.skip("this transformers has no Gemma 4", allow_module_level=True)
+torch = optional("torch")
+transformers = transformers_with_gemma4()
 
 sys.path.insert(0, str(Path(__file__).parent / "fixtures"))
 import make_media  # noqa: E402
@@ -239,7 +238,9 @@ def test_conversations_with_files(family, talk, checkpoints, files):
     assert worst(found, make_media.logits(theirs, given)[0]) <= LIMIT
 
 
-@pytest.mark.skipif(importlib.util.find_spec("torchvision") is None, reason="transformers' video processor needs it")
+@pytest.mark.skipif(
+    importlib.util.find_spec("torchvision") is None, reason="transformers' video processor: pip install torchvision"
+)
 @pytest.mark.parametrize(("frames", "every"), [(12, 1.0), (5, 0.4), (40, 2.0)])
 def test_their_own_video_processor(frames, every, processor, tokenizer, folder):
     """Frames that need no scaling: the same pixels, choice of frames and prompt."""

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 from media_cases import CASES, FAMILIES, LOOKING_AHEAD, Case, Movie, Picture, Sound
+from optional import optional
 from parity import divergence, worst
 from PIL import Image
 
@@ -20,8 +21,8 @@ from mlx_gemma4.media.prompt import Prompt
 from mlx_gemma4.models.merging import encode
 from mlx_gemma4.tokenizer import Tokenizer
 
-pytest.importorskip("mlx_vlm")
-pytest.importorskip("transformers")
+optional("mlx_vlm")
+optional("transformers")
 
 # Long ones say nothing more here.
 NAMES = ("image", "tall", "wide", "tiny", "huge", "budget-140", "three-sizes", "adjacent", "across-window")

@@ -9,8 +9,9 @@ import metal_cpu
 import mlx.core as mx
 import pytest
 from metal_cpu.peers import fresh, in_place_of_mlx
+from optional import optional
 
-pytest.importorskip("mlx_vlm", reason="mlx-vlm is not installed")
+optional("mlx_vlm")
 pytestmark = pytest.mark.skipif(metal_cpu.unsupported() is not None, reason=str(metal_cpu.unsupported()))
 
 normal = mx.random.normal

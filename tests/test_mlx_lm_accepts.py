@@ -3,12 +3,11 @@
 import math
 
 import mlx.core as mx
+import mlx_lm
 import pytest
 from tiny import make_tiny
 
 from mlx_gemma4 import load, make_logits_processors, make_sampler, stream_generate
-
-mlx_lm = pytest.importorskip("mlx_lm")
 
 PROMPT = "hello user, the model"
 

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import recipe
 from mlx.utils import tree_flatten
+from optional import optional
 from parity import FAMILIES, LONG, SHORT, build, divergence, load_case, run, worst
 from tiny import tiny_config
 
@@ -38,7 +39,6 @@ SLACK = 1e-5
 
 def build_peer(peer: str, config: dict, seed: int, qk_norm: float, dtype: mx.Dtype = mx.float32):
     """The peer's own text model with the recipe's weights; called and cached as ours."""
-    pytest.importorskip(peer)
     if peer == "mlx_lm":
         from mlx_lm.models import gemma4
 
@@ -46,6 +46,7 @@ def build_peer(peer: str, config: dict, seed: int, qk_norm: float, dtype: mx.Dty
         weights = model.sanitize(recipe.mlx_weights(config, seed, qk_norm, dtype))
         model.load_weights(list(weights.items()), strict=True)
         return model
+    optional("mlx_vlm")
     from mlx_vlm.models.gemma4.config import TextConfig
     from mlx_vlm.models.gemma4.language import LanguageModel
 

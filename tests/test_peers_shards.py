@@ -5,6 +5,7 @@ import json
 import mlx.core as mx
 import pytest
 import tiny
+from optional import optional
 
 from mlx_gemma4.loading import load, load_model
 
@@ -34,7 +35,8 @@ def compare(theirs: mx.array, folder) -> None:
 
 @pytest.mark.parametrize(("family", "packing"), CASES)
 def test_mlx_lm(tmp_path, capsys, family, packing):
-    peer = pytest.importorskip("mlx_lm")
+    import mlx_lm as peer
+
     folder = tiny.make_tiny(tmp_path / "hf", family, seed=5)
     peer.convert(str(folder), str(tmp_path / "mlx"), **PACKINGS[packing])
     model, _ = peer.load(str(tmp_path / "mlx"))
@@ -43,7 +45,8 @@ def test_mlx_lm(tmp_path, capsys, family, packing):
 
 @pytest.mark.parametrize("packing", ["plain", "affine-4"])
 def test_mlx_lm_text_only(tmp_path, capsys, packing):
-    peer = pytest.importorskip("mlx_lm")
+    import mlx_lm as peer
+
     folder = tiny.make_tiny(tmp_path / "hf", "e4b", seed=5)
     weights = dict(mx.load(str(folder / "model.safetensors")))
     mx.eval(weights)
@@ -58,7 +61,7 @@ def test_mlx_lm_text_only(tmp_path, capsys, packing):
 @pytest.mark.parametrize(("family", "packing"), CASES)
 @pytest.mark.filterwarnings("ignore")
 def test_mlx_vlm(tmp_path, capsys, family, packing):
-    peer = pytest.importorskip("mlx_vlm")
+    peer = optional("mlx_vlm")
     folder = tiny.make_tiny(tmp_path / "hf", family, seed=5, towers=True)
     peer.convert(str(folder), str(tmp_path / "mlx"), **PACKINGS[packing])
     names = mx.load(str(tmp_path / "mlx" / "model.safetensors"))
@@ -68,7 +71,8 @@ def test_mlx_vlm(tmp_path, capsys, family, packing):
 
 
 def test_a_converted_repository_has_all_we_need(tmp_path, capsys):
-    peer = pytest.importorskip("mlx_lm")
+    import mlx_lm as peer
+
     folder = tiny.make_tiny(tmp_path / "hf", "31b")
     peer.convert(str(folder), str(tmp_path / "mlx"), **PACKINGS["affine-4"])
     (_, before), (_, after) = load(folder), load(tmp_path / "mlx")

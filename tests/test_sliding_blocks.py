@@ -6,6 +6,7 @@ import metal_cpu
 import mlx.core as mx
 import numpy as np
 import pytest
+from optional import optional
 from sliding_truth import check, draw, seen
 
 from mlx_gemma4.kernels import backend
@@ -153,9 +154,9 @@ def test_mask_of_transformers():
 
 
 def test_mask_of_transformers_live():
-    torch = pytest.importorskip("torch")
-    theirs = pytest.importorskip("transformers.models.gemma4.modeling_gemma4")
-    configuration = pytest.importorskip("transformers.models.gemma4.configuration_gemma4")
+    torch = optional("torch")
+    theirs = optional("transformers.models.gemma4.modeling_gemma4")
+    configuration = optional("transformers.models.gemma4.configuration_gemma4")
     config = configuration.Gemma4TextConfig(
         num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"], sliding_window=4
     )

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import recipe
 from mlx.utils import tree_flatten
+from optional import optional, transformers_with_gemma4
 from parity import FAMILIES, build, divergence, greedy, run, worst
 from published import SIZES, config
 from tiny import F, S, tiny_config
@@ -21,10 +22,8 @@ from mlx_gemma4.config import GLOBAL, SLIDING, Gemma4Config
 from mlx_gemma4.models.gemma4 import Model
 from mlx_gemma4.models.rope import Rope
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-if not hasattr(transformers, "Gemma4Config"):
-    pytest.skip("this transformers has no Gemma 4", allow_module_level=True)
+torch = optional("torch")
+transformers = transformers_with_gemma4()
 
 sys.path.insert(0, str(Path(__file__).parent / "fixtures"))
 import make_parity  # noqa: E402

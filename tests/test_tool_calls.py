@@ -13,6 +13,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 import pytest
+from optional import missing
 from test_turns import encodings, published, tokenizer  # noqa: F401 (a fixture)
 from tool_cases import (
     CLOSE,
@@ -100,7 +101,7 @@ def test_shapes_in_other_parsers(peer):
     package = util.find_spec(peer)
     path = Path(package.origin).parent / file if package and package.origin else None
     if path is None or not path.is_file():
-        pytest.skip(f"{peer} with its Gemma 4 parser is not installed")
+        pytest.skip(missing(f"{peer} with its Gemma 4 parser", "dev"))
     # The file alone: the package would import all of transformers.
     spec = util.spec_from_file_location(f"{peer}_gemma4", path)
     parser = util.module_from_spec(spec)

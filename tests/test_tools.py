@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
+from optional import optional
 from PIL import Image
 from pydantic import BaseModel, Field
 
@@ -105,7 +106,7 @@ def rendered(declaration: dict[str, Any], template: str) -> str:
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("function", [every_hint, nothing])
 def test_a_function_is_declared_as_transformers_declares_it(function, template):
-    utilities = pytest.importorskip("transformers.utils", reason="needs transformers: install mlx-gemma4[dev]")
+    utilities = optional("transformers.utils")
     ours, theirs = Tool.from_function(function).declaration, utilities.get_json_schema(function)
     assert rendered(ours, template) == rendered(theirs, template)
     assert {k: v for k, v in ours["function"].items() if k != "parameters"} == {

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import video_cases as cases
 from checkpoints import one_line
+from optional import missing
 from PIL import Image
 
 from mlx_gemma4.errors import UsageError
@@ -22,7 +23,7 @@ from mlx_gemma4.media.images import process_image
 from mlx_gemma4.media.sources import MediaError
 from mlx_gemma4.media.video import choose, load_video
 
-needs_av = pytest.mark.skipif(importlib.util.find_spec("av") is None, reason="needs PyAV (the extra `video`)")
+needs_av = pytest.mark.skipif(importlib.util.find_spec("av") is None, reason=missing("av", "video"))
 
 
 def refused(source, kind: type[Exception] = MediaError, **settings) -> str:

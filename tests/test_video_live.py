@@ -10,16 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import video_cases as cases
+from optional import optional, transformers_with_gemma4
 from PIL import Image
 
 from mlx_gemma4.media.images import TOKEN_BUDGETS, process_image
 from mlx_gemma4.media.video import Video, choose, load_video
 
-pytest.importorskip("torch")
-pytest.importorskip("av")
-transformers = pytest.importorskip("transformers")
-if not hasattr(transformers, "Gemma4Config"):
-    pytest.skip("this transformers has no Gemma 4", allow_module_level=True)
+optional("torch")
+optional("av", "video")
+transformers = transformers_with_gemma4()
 
 sys.path.insert(0, str(Path(__file__).parent / "fixtures"))
 import make_video  # noqa: E402
@@ -62,7 +61,7 @@ def test_a_file_as_they_read_it(settings):
 @pytest.mark.parametrize("size", [(48, 64), (240, 135), (90, 500)])
 def test_their_processor(size, tokens):
     """torchvision's resizing differs from Pillow's by 2 of 255 at most; sizes and positions do not."""
-    pytest.importorskip("torchvision")
+    pytest.importorskip("torchvision", reason="transformers' video processor: pip install torchvision")
     rng = np.random.default_rng(8)
     frames = rng.integers(0, 256, (5, *size, 3), dtype=np.uint8)
     frames[2:] = cases.pictures(3, *size)

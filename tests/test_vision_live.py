@@ -14,16 +14,15 @@ import numpy as np
 import pytest
 import tiny
 import vision_cases as cases
+from optional import optional, transformers_with_gemma4
 from PIL import Image
 
 from mlx_gemma4 import loading
 from mlx_gemma4.media.images import TOKEN_BUDGETS, load_image, target_size
 from mlx_gemma4.models.vision import encode_images
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-if not hasattr(transformers, "Gemma4Config"):
-    pytest.skip("this transformers has no Gemma 4", allow_module_level=True)
+torch = optional("torch")
+transformers = transformers_with_gemma4()
 
 sys.path.insert(0, str(Path(__file__).parent / "fixtures"))
 import make_vision  # noqa: E402

@@ -148,6 +148,7 @@ def towers_of(out: Path, whole: Whole) -> None:
 
 
 def encoder(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+    """Texts to ids, with nothing put in front."""
     return lambda text: tokenizer.encode(text, add_special_tokens=False).ids
 
 
@@ -161,7 +162,7 @@ class Worker:
 
     def __init__(self, whole: Whole, tokenizer: Tokenizer, seed: str, rank: int, compiled: bool) -> None:
         self.whole, self.rank, self.encode = whole, rank, encoder(tokenizer)
-        self.texts_of = copying.texts_of([tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())])
+        self.token_texts = copying.texts_of([tokenizer.id_to_token(i) for i in range(tokenizer.get_vocab_size())])
         encode = self.encode
         self.rng = random.Random(f"media/{seed}/{rank}")
         self.texts = {n: world.rows(f"{seed}/{rank}", n, encode) for n in (ROW, *LONG)}
@@ -196,7 +197,7 @@ class Worker:
     def _call_row(self, pair: tuple[list[int], list[int]]) -> media.Row:
         """Tool calls and JSON, with where their words stand already."""
         row = media.text_row(pair)
-        row.copied = copying.copies(row.ids, row.own, self.texts_of)
+        row.copied = copying.copies(row.ids, row.own, self.token_texts)
         first = copying.begins(row.copied)
         for at in row.copied:
             row.own[at + 1] = COPIED[at in first]
